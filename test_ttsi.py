@@ -1,0 +1,654 @@
+"""Each test compares ttsi.py with something that does not share its code: a closed form, brute force, an invariant."""
+import ast
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import ttsi
+
+HERE = Path(__file__).resolve().parent
+BENCHMARKS = HERE.parent / "shared" / "benchmarks"
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="long; runs with SLOW=1")
+
+
+def tool(name, **properties):
+    return {"name": name, "description": f"does {name}", "parameters": {
+        "type": "object", "properties": properties, "required": list(properties)[:1]}}
+
+
+STRING, INTEGER = {"type": "string"}, {"type": "integer"}
+SAMPLES = [  # ragged tool lists; names that begin one another; one with a single tool
+    {"id": "a", "messages": [{"role": "user", "content": "get them all"}], "call": {"name": "get", "arguments": {}},
+     "tools": [tool("get"), tool("get_all", x=STRING), tool("get_all_users", y=INTEGER)]},
+    {"id": "b", "messages": [{"role": "user", "content": "cancel my flight to Rome, would you, please"}],
+     "call": {"name": "cancel_flight", "arguments": {"city": "Rome"}},
+     "tools": [tool("cancel_flight", city=STRING), tool("book_flight", city=STRING, days=INTEGER)]},
+    {"id": "c", "messages": [{"role": "user", "content": "hm"}], "call": {"name": "only", "arguments": {}},
+     "tools": [tool("only")]},
+]
+PAIRS = {"a": [{"request": "fetch x", "call": {"name": "get_all", "arguments": {"x": "x"}}},
+               {"request": "a longer request for 7", "call": {"name": "get_all_users", "arguments": {"y": 7}}}],
+         "b": [{"request": "book Oslo", "call": {"name": "book_flight", "arguments": {"city": "Oslo", "days": 3}}}],
+         "c": []}
+FIRST = ttsi.Config(max_new_tokens=12, attempts=1)
+
+
+def config(**changes):
+    return dataclasses.replace(FIRST, **changes)
+
+
+@pytest.fixture(scope="session")
+def tok():
+    return AutoTokenizer.from_pretrained(HERE / "data/model")
+
+
+def tiny(tok, kind=LlamaForCausalLM):
+    """A small random model whose logits are far from flat, so that a wrong one shows."""
+    torch.manual_seed(0)
+    if kind is GPT2LMHeadModel:
+        conf = GPT2Config(vocab_size=len(tok), n_embd=32, n_layer=2, n_head=2, n_positions=2048)
+    else:
+        conf = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                           eos_token_id=tok.eos_token_id, bos_token_id=None)
+    model = kind(conf).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.mul_(6 if p.dim() > 1 else 1)
+    return model
+
+
+@pytest.fixture(scope="session", params=[LlamaForCausalLM, GPT2LMHeadModel], ids=["llama", "gpt2"])
+def model(request, tok):
+    return tiny(tok, request.param)
+
+
+@pytest.fixture(scope="session")
+def llama(tok):
+    return tiny(tok)
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    return ttsi.load(ttsi.Config())
+
+
+def prepared(model, tok, cfg, samples=SAMPLES):
+    xs = [ttsi.prepare(model, tok, s, cfg) for s in samples]
+    for i, x in enumerate(xs):
+        x.update(slot=i, pairs=PAIRS.get(x["id"], []))
+    return xs
+
+
+def digest(model):
+    return hashlib.sha256(b"".join(p.numpy().tobytes() for p in model.state_dict().values())).hexdigest()
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# ------------------------------------------------------------------------------------------------ H
+
+def test_margin_closed_form():
+    assert ttsi.softmax([math.log(3), 0.0]) == pytest.approx([0.75, 0.25])
+    assert ttsi.certainty([math.log(3), 0.0]) == pytest.approx(0.5)
+    assert ttsi.certainty([-700.0, -700.0 - math.log(2), -800]) == pytest.approx(1 / 3), "no underflow"
+    assert ttsi.certainty([-5.0]) == 1.0, "one candidate has no runner-up"
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_scores_equal_one_candidate_at_a_time_with_its_whole_prompt(model, tok, mode):
+    cfg = config(score=mode)
+    xs = prepared(model, tok, cfg)
+    tools = ttsi.prefill(model, tok, xs, [x["ids"][:x["head"]] for x in xs])
+    asked = ttsi.prefill(model, tok, xs, [x["ids"][:-1] for x in xs], tools)
+    for x, got in zip(xs, ttsi.score(model, tok, xs, asked, cfg)):
+        for name, g in zip(x["names"], got):
+            answer = '{"name": "' + name + '", "arguments": {}}'
+            ids, total, n = tok(x["prompt"] + answer, add_special_tokens=False).input_ids, 0.0, 0
+            logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            for t in range(len(ids)):  # by decoding: the tokens between '{"name": "' and the closing quote
+                before, after = tok.decode(ids[:t]), tok.decode(ids[:t + 1])
+                if len(after) > len(x["prompt"]) + 10 and len(before) <= len(x["prompt"]) + 10 + len(name):
+                    total, n = total + logp[t - 1, ids[t]].item(), n + 1
+            assert g == pytest.approx(total if mode == "sum" else total / n, abs=2e-3), (name, "is scored otherwise")
+
+
+def test_a_name_that_begins_another_is_scored_with_its_terminator(tok):
+    spans = [ttsi.name_tokens(tok, "x", '{"name": ', n) for n in ("get", "get_all")]
+    texts = [tok.decode(ids[begin:end]) for ids, begin, end in spans]
+    assert texts[0].startswith('get"') and texts[1].startswith('get_all"')
+
+
+# ------------------------------------------------------------------------------------------------ tokens, cache, decoding
+
+def test_greedy_decoding_equals_the_whole_text_recomputed_for_each_token(model, tok):
+    cfg = config()
+    xs = prepared(model, tok, cfg)
+    tools = ttsi.prefill(model, tok, xs, [x["ids"][:x["head"]] for x in xs])
+    for past in (None, tools):
+        got = ttsi.answer(model, tok, xs, past, cfg)
+        for x, text in zip(xs, got):
+            ids = list(x["ids"])
+            for _ in range(cfg.max_new_tokens):
+                ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+                naive = tok.decode(ids[len(x["ids"]):], skip_special_tokens=True)
+                if ids[-1] == tok.eos_token_id or ttsi.parse(naive):
+                    break
+            assert text == naive, "cache, padding or positions are wrong"
+
+
+def test_sampling_follows_the_distribution_and_no_neighbour(llama, tok):
+    x = prepared(llama, tok, config())[1]
+    u = torch.rand(400, 1, generator=torch.Generator().manual_seed(1))
+    row, start = x["ids"], len(x["ids"])
+    draw = lambda uniform: ttsi.decode(llama, tok, [row] * len(uniform), [start] * len(uniform), 1, None, None, 1.0, uniform)
+    texts = draw(u)
+    assert texts[7:9] == draw(u[7:9]), "a row's draws depend on its batch"
+    p = llama(torch.tensor([row])).logits[0, -1].softmax(-1)
+    best = p.argmax().item()
+    share, sd = texts.count(tok.decode([best])) / 400, (p[best] * (1 - p[best]) / 400).sqrt()
+    assert abs(share - p[best]) < 4 * sd, "not the model's distribution (false alarm: 1 in 15,000)"
+
+
+def test_forward_leaves_the_past_as_it_was(llama, tok):
+    xs = prepared(llama, tok, config())
+    tools = ttsi.prefill(llama, tok, xs, [x["ids"][:x["head"]] for x in xs])
+    keys = [layer.keys.clone() for layer in tools.cache.layers]
+    ttsi.answer(llama, tok, xs, tools, config())
+    assert all(torch.equal(k, layer.keys) for k, layer in zip(keys, tools.cache.layers))
+
+
+@pytest.mark.parametrize("text,value", [
+    ('{"a": 1}', {"a": 1}), ('Sure! {"a": {"b": "}"}} and more {', {"a": {"b": "}"}}), ("", None), ("{" * 5000, None),
+    ('{"a": NaN}', None), ('{"a": "\\ud800"}', None), ('{"a": ' + "[" * 9000 + "]" * 9000 + "}", None), ("[1]", None)])
+def test_model_output_is_data(text, value):
+    assert ttsi.parse(text) == value
+
+
+# ------------------------------------------------------------------------------------------------ the adapter
+
+def test_a_hooked_layer_is_w_plus_s_b_a(llama, tok):
+    cfg, x = config(lora_rank=3, lora_alpha=5.0), torch.randn(4, 6, 32)  # four rows, two for each adapter
+    layer = llama.model.layers[0].self_attn.q_proj
+    with ttsi.adapters(llama, prepared(llama, tok, cfg)[:2], cfg) as theta:
+        A, B = theta[:2]
+        assert A.shape == (2, 32, 3) and A.abs().max() <= 32 ** -0.5 and not B.any()
+        assert torch.equal(layer(x), F.linear(x, layer.weight)), "B = 0 must change nothing"
+        B.data.normal_()
+        for row in range(4):
+            W = layer.weight + 5 / 3 * (A[row // 2] @ B[row // 2]).T
+            assert torch.allclose(layer(x)[row], F.linear(x[row], W), atol=1e-4)
+        assert layer(x.reshape(24, 32)).shape == (24, 32), "rows flattened before the layer"
+    assert torch.equal(layer(x), F.linear(x, layer.weight)) and not hooks(llama)
+
+
+def test_one_sgd_step_closed_form():
+    theta = [torch.zeros(2, 1, 2), torch.zeros(2, 2, 1)]
+    theta[0].grad, theta[1].grad = torch.tensor([[[3.0, 0.0]], [[0.0, 0.0]]]), torch.tensor([[[0.0], [4.0]], [[0.0], [0.1]]])
+    ttsi.sgd(theta, 0.5)
+    assert torch.allclose(theta[0], torch.tensor([[[-0.3, 0.0]], [[0.0, 0.0]]])), "3 / 5 of 0.5, by its own norm"
+    assert torch.allclose(theta[1], torch.tensor([[[0.0], [-0.4]], [[0.0], [-0.5]]])), "not scaled by its neighbour"
+
+
+class Naive(torch.nn.Module):
+    """LoRA by a wrapped layer, one sample, for the oracle below."""
+
+    def __init__(self, layer, A, B, s, mask):
+        super().__init__()
+        self.layer, self.A, self.B, self.s, self.mask = layer, A, B, s, mask
+
+    def forward(self, x):
+        return self.layer(x) + self.s * (x @ self.A @ self.B) * self.mask[0][:x.shape[1], None]
+
+
+def naive_train(model, tok, x, cfg, A0):
+    """T for one sample: no batch, no cache, no hooks; each pair a whole forward pass. -> (losses, first logits after)"""
+    model, mask, params = copy.deepcopy(model), [None], []
+    for layer in ttsi.linear_layers(model):
+        parent, key = next((m, k) for m in model.modules() for k, c in m.named_children() if c is layer)
+        d_out = layer.out_features if hasattr(layer, "out_features") else layer.nf
+        A, B = A0[len(params) // 2].clone().requires_grad_(), torch.zeros(cfg.lora_rank, d_out, requires_grad=True)
+        params += [A, B]
+        setattr(parent, key, Naive(layer, A, B, cfg.lora_alpha / cfg.lora_rank, mask))
+
+    def logits(ids):
+        mask[0] = (torch.arange(len(ids)) >= (x["head"] if cfg.adapt == "suffix" else 0)).float()
+        return model(torch.tensor([ids])).logits[0]
+    losses, adam = [], torch.optim.AdamW(params, lr=cfg.lr, weight_decay=0.0)
+    for step in range(cfg.epochs):
+        loss = 0.0
+        for pair in x["pairs"]:
+            prompt = tok(ttsi.render(tok, x["system"], pair["request"])[0], add_special_tokens=False).input_ids
+            answer = tok(json.dumps(pair["call"]), add_special_tokens=False).input_ids
+            out = logits(prompt + answer)[len(prompt) - 1:-1].log_softmax(-1)
+            loss = loss - sum(out[t, k] for t, k in enumerate(answer)) / len(answer) / len(x["pairs"])
+        grads = torch.autograd.grad(loss, params)
+        lr, norm = cfg.lr * 0.5 * (1 + math.cos(math.pi * step / cfg.epochs)), math.sqrt(sum((g ** 2).sum() for g in grads))
+        with torch.no_grad():
+            for p, g in zip(params, grads):
+                p.grad = g
+                if cfg.optimizer == "sgd":
+                    p -= lr * g / norm
+        if cfg.optimizer == "adamw":
+            adam.param_groups[0]["lr"] = lr
+            adam.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        return losses, logits(x["ids"])[-1]
+
+
+@pytest.mark.parametrize("adapt", ["full", "suffix"])
+@pytest.mark.parametrize("optimizer,lr", [("sgd", 0.5), ("adamw", 1e-2)])
+def test_training_a_ragged_batch_equals_serial_naive_loops(model, tok, adapt, optimizer, lr):
+    cfg = config(adapt=adapt, optimizer=optimizer, lr=lr, epochs=3)
+    xs = prepared(model, tok, cfg)  # two pairs, one pair, none
+    past = ttsi.prefill(model, tok, xs, [x["ids"][:x["head"]] for x in xs]) if adapt == "suffix" else None
+    with ttsi.adapters(model, xs, cfg) as theta:
+        start = [A.detach().clone() for A in theta[::2]]
+        losses = ttsi.train(model, tok, xs, theta, past, cfg)
+        after = ttsi.forward(model, [x["ids"] for x in xs], past)[0][:, -1]
+    for i, x in enumerate(xs[:2]):
+        naive_losses, naive_after = naive_train(model, tok, x, cfg, [A[i] for A in start])
+        assert losses[i] == pytest.approx(naive_losses, rel=1e-3), "loss of a sample differs from training it alone"
+        assert torch.allclose(after[i], naive_after, rtol=1e-2, atol=2e-2), "the adapted model differs"
+        assert losses[i][-1] < losses[i][0]
+    base = ttsi.forward(model, [x["ids"] for x in xs])[0][2, -1]
+    assert losses[2] == [0.0] * 3 and torch.allclose(after[2], base, atol=1e-3), "without pairs nothing may change"
+
+
+def test_suffix_gradients_equal_a_full_forward_with_the_adapter_masked(model, tok):
+    cfg = config(epochs=1, adapt="suffix")
+    xs = prepared(model, tok, cfg)[:1]
+    past = ttsi.prefill(model, tok, xs, [x["ids"][:x["head"]] for x in xs])
+    rows, n = [xs[0]["ids"] + [20, 21, 22]], [3]
+
+    def gradients(masked):
+        with ttsi.adapters(model, xs, cfg) as theta:
+            for B in theta[1::2]:
+                B.data.copy_(torch.randn(B.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+            keep = ttsi.delta
+            if masked:
+                def only_suffix(x, parameters, cfg):
+                    return keep(x, parameters, cfg) * (torch.arange(x.shape[1]) >= xs[0]["head"]).float()[None, :, None]
+                ttsi.delta = only_suffix
+            try:
+                loss = ttsi.token_logprobs(model, rows, n, None if masked else past).sum()
+                return torch.autograd.grad(loss, theta)
+            finally:
+                ttsi.delta = keep
+    got, want = gradients(False), gradients(True)
+    scale = max(g.abs().max() for g in want)
+    assert max((g - w).abs().max() for g, w in zip(got, want)) < 1e-4 * scale
+
+
+# ------------------------------------------------------------------------------------------------ G
+
+@pytest.mark.parametrize("name,arguments,request_,verdict", [
+    ("cancel_flight", {"city": "Oslo"}, "drop the Oslo flight", ""),
+    ("cancel_hotel", {"city": "Oslo"}, "drop the Oslo flight", "tool not on offer"),
+    ("cancel_flight", {}, "drop the flight", "required argument missing"),
+    ("cancel_flight", {"city": "Oslo", "x": 1}, "drop Oslo", "unknown argument"),
+    ("book_flight", {"city": "Oslo", "days": "3"}, "Oslo 3", "wrong type"),
+    ("book_flight", {"city": "Oslo", "days": True}, "Oslo true", "wrong type"),
+    ("cancel_flight", {"city": "Lima"}, "drop the Oslo flight", "value not in the request"),
+    ("cancel_flight", {"city": "Rome"}, "Cancel my flight to Rome, would you, please!", "copy of the request"),
+    ("cancel_flight", {"city": "Bern"}, "no flight to Bern", "written before"),
+    ("pick", {"size": "huge"}, "a huge one", "value not in enum")])
+def test_checks(llama, tok, name, arguments, request_, verdict):
+    sample = dict(SAMPLES[1], tools=SAMPLES[1]["tools"] + [tool("pick", size={"type": "string", "enum": ["S", "L"]})])
+    x = ttsi.prepare(llama, tok, sample, config())
+    pair = {"request": request_, "call": {"name": name, "arguments": arguments}}
+    assert ttsi.check(pair, x, ["No flight to Bern."]) == verdict
+
+
+def test_the_closest_drafts_are_kept():
+    pairs = [{"request": r} for r in ("please book it", "please axe it", "please axe the flight", "please pay")]
+    assert [p["request"] for p in ttsi.closest("please axe my flight", pairs)][:2] == [
+        "please axe the flight", "please axe it"], "rare shared words first; 'please' is in all of them and says nothing"
+
+
+def test_generation_stops_at_k_and_counts_every_rejection(llama, tok, monkeypatch):
+    good = '{"call": {"name": "get_all", "arguments": {"x": "%d"}}, "request": "number %d"}'
+    texts = iter(["junk", good % (1, 1), good % (1, 1), good % (2, 2)] + ["never"] * 9)
+    monkeypatch.setattr(ttsi, "decode", lambda m, t, rows, *a: [next(texts) for _ in rows])
+    drafts = ttsi.generate(llama, tok, prepared(llama, tok, config())[:1], None, config(k=2, attempts=9))[0]
+    assert [d["verdict"] for d in drafts] == ["no JSON object with a request and a call", "kept", "written before", "kept"]
+
+
+def test_a_supplied_copy_of_the_request_is_refused_even_unchecked(llama, tok):
+    xs = prepared(llama, tok, config())
+    copy_ = {"b": [{"request": "Cancel my flight to Rome would you please", "call": SAMPLES[1]["call"]}] + PAIRS["b"]}
+    drafts = ttsi.supplied(xs, copy_, config(check=False))[1]
+    assert [d["verdict"] for d in drafts] == ["copy of the request", "kept"]
+
+
+# ------------------------------------------------------------------------------------------------ Algorithm 1
+
+SEEN = ("margin", "logp", "direct", "adapted", "pairs", "loss", "drafts")
+
+
+def run(model, tok, samples=SAMPLES, pairs=PAIRS, **changes):
+    cfg = config(**{"tau": 2.0, "k": 2, "check": False, "epochs": 2, **changes})
+    rows = [x for i in range(0, len(samples), 2) for x in ttsi.tt_si(model, tok, samples[i:i + 2], cfg, pairs)]
+    return {x["id"]: {key: x[key] for key in SEEN if key in x} for x in rows}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for i in a:
+        assert a[i].keys() == b[i].keys(), f"{i}: another decision"
+        for key in a[i]:
+            close = key in ("margin", "logp", "loss")
+            assert a[i][key] == (pytest.approx(b[i][key], abs=2e-3) if close else b[i][key]), f"{i}: {key} differs"
+
+
+def test_base_weights_and_hooks_after_a_run_and_after_an_exception_in_it(model, tok, monkeypatch):
+    before, count = digest(model), hooks(model)
+    first = run(model, tok)
+    assert "adapted" in first["a"] and "adapted" in first["b"] and "adapted" not in first["c"], "c has no pairs"
+    assert digest(model) == before and hooks(model) == count, "not reset after a run"
+    with monkeypatch.context() as m:
+        m.setattr(ttsi, "sgd", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, tok)
+    assert digest(model) == before and hooks(model) == count, "not reset after an exception"
+    same(run(model, tok), first)
+
+
+def test_each_sample_starts_from_the_base(llama, tok):
+    alone = run(llama, tok, SAMPLES[1:2], lr=1.0)
+    same({"b": run(llama, tok, SAMPLES[:2], lr=1.0, select="all")["b"]}, alone)
+
+
+def test_order_limit_and_batch_size_change_nothing(model, tok):
+    for pairs, tau in ((PAIRS, 2.0), (None, 0.95)):
+        whole = run(model, tok, pairs=pairs, tau=tau)
+        same(run(model, tok, SAMPLES[::-1], pairs=pairs, tau=tau), whole)
+        for i, s in enumerate(SAMPLES):
+            same(run(model, tok, [s], pairs=pairs, tau=tau), {s["id"]: whole[s["id"]]})
+
+
+def test_scrambled_labels_change_no_prediction(model, tok):
+    other = [dict(s, call={"name": s["tools"][-1]["name"], "arguments": {"leak": "1"}}, accept={"leak": ["1"]}) for s in SAMPLES]
+    same(run(model, tok, other, pairs=None), run(model, tok, pairs=None))
+    none = [{k: v for k, v in s.items() if k != "call"} for s in SAMPLES]
+    for i, row in run(model, tok, none).items():
+        assert row.get("adapted") == run(model, tok)[i].get("adapted")
+        assert ("direct" in row) != ("adapted" in row), "without a label there is nothing to compare with"
+
+
+def test_nothing_changes_where_nothing_is_trained(model, tok):
+    zero = run(model, tok, epochs=0, select="all")
+    closed = run(model, tok, tau=0.0)
+    for i in zero:
+        assert zero[i].get("adapted", zero[i]["direct"]) == zero[i]["direct"] == closed[i]["direct"]
+        assert "adapted" not in closed[i] and "drafts" not in closed[i]
+
+
+def test_training_changes_the_answer(model, tok):
+    rows = run(model, tok, epochs=8, lr=1.0)
+    assert any(r["adapted"] != r["direct"] for r in rows.values() if "adapted" in r)
+
+
+def test_gate():
+    gate = lambda margin, **kw: ttsi.gate({"margin": margin}, config(tau=0.5, **kw))
+    assert gate(0.4) and not gate(0.5) and gate(0.9, select="all")
+    assert gate(0.5, select="certain") and not gate(0.4, select="certain")
+
+
+def test_a_prompt_beyond_the_context_is_named_and_its_neighbours_are_answered(llama, tok):
+    long = dict(SAMPLES[0], id="long", messages=[{"role": "user", "content": "word " * 2000}])
+    rows = ttsi.tt_si(llama, tok, [long] + SAMPLES, config())
+    assert "exceed the context of 2048" in rows[0]["error"] and all("direct" in r for r in rows[1:])
+    summary = ttsi.summarise([ttsi.finish(x, s, config()) for x, s in zip(rows, [long] + SAMPLES)])
+    assert summary["labelled"] == 4 and list(summary["failed"]) == ["long"], "the denominator must not change"
+
+
+def test_candidate_order_is_a_function_of_seed_and_names(llama, tok):
+    names = lambda s, **kw: ttsi.prepare(llama, tok, s, config(**kw))["names"]
+    turned = dict(SAMPLES[0], id="z", tools=SAMPLES[0]["tools"][::-1])
+    assert names(SAMPLES[0]) == names(turned) and names(turned, shuffle=False) == ["get_all_users", "get_all", "get"]
+    assert len({tuple(names(SAMPLES[0], seed=s)) for s in range(20)}) > 3
+
+
+# ------------------------------------------------------------------------------------------------ scoring
+
+@pytest.mark.parametrize("text,gold,accept,name,call", [
+    ('{"name": "f", "arguments": {"x": 12.0}}', {"x": "12"}, None, True, True),
+    ('{"name": "f", "arguments": {"x": "a", "y": 1}}', {"x": "a"}, None, True, False),
+    ('{"name": "f", "arguments": {}}', {"x": "a"}, None, True, False),
+    ('{"name": "f", "arguments": [1]}', {}, None, True, False),
+    ('{"name": "g", "arguments": {"x": 12}}', {"x": 12}, None, False, False),
+    ('{"name": "f", "arguments": {"x": true, "l": [1.0, {"k": 2}]}}', {"x": True, "l": [1, {"k": 2}]}, None, True, True),
+    ('{"name": "f", "arguments": {"x": 2}}', {"x": 1}, {"x": [1, 2], "y": ["u", ""]}, True, True),
+    ('{"name": "f", "arguments": {"y": "u"}}', {"x": 1}, {"x": [1, 2], "y": ["u", ""]}, True, False),
+    ('{"name": "f", "arguments": {"x": 1, "z": 1}}', {"x": 1}, {"x": [1]}, True, False),
+    ("no json", {}, None, False, False), (None, {}, None, False, False)])
+def test_grade(text, gold, accept, name, call):
+    sample = {"call": {"name": "f", "arguments": gold}, **({"accept": accept} if accept else {})}
+    assert ttsi.grade(text, sample) == {"name": name, "call": call}
+
+
+def test_interval():
+    assert ttsi.interval([1, 1, 1]) == [1, 1]
+    low, high = ttsi.interval([1] * 50 + [0] * 50)  # normal approximation: 0.5 +- 1.96 * 0.5 / 10
+    assert low == pytest.approx(0.402, abs=0.02) and high == pytest.approx(0.598, abs=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+SYSTEMLESS = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}[{{ m.content }}]{% endfor %}>"
+DROPPING = "{% for m in messages if m.role != 'system' %}[{{ m.content | trim }}]{% endfor %}>"
+
+
+@pytest.mark.parametrize("template", [SYSTEMLESS, DROPPING, None])
+def test_templates_without_a_system_role(tok, template):
+    tok = copy.deepcopy(tok)
+    tok.chat_template = template
+    text, head = ttsi.render(tok, "SYSTEM", "USER")
+    assert text[:head].endswith("SYSTEM") and text.count("USER") == 1 and text.index("USER") > head
+
+
+def test_a_template_that_drops_the_request_is_an_error(tok):
+    tok = copy.deepcopy(tok)
+    tok.chat_template = "{{ messages[0].content[:3] }}"
+    with pytest.raises(ttsi.InputError, match="template"):
+        ttsi.render(tok, "SYSTEM", "USER")
+
+
+def test_a_dialogue_becomes_a_transcript():
+    call = {"name": "find", "arguments": {"q": 1}}
+    text = ttsi.user_text([{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [
+        {"type": "function", "function": call}]}, {"role": "tool", "content": "none"}, {"role": "user", "content": "so?"}])
+    assert text == 'user: hi\ncall: {"name": "find", "arguments": {"q": 1}}\ntool: none\nuser: so?'
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+TOOLS = '"tools": [{"name": "f", "parameters": {"properties": {}}}]'
+
+
+@pytest.mark.parametrize("line,complaint", [
+    ("{", "not a JSON object"), ("[]", "not a JSON object"), ('{"query": NaN}', "NaN"), ('{"query": "\\ud800"}', "surrogate"),
+    ("{" + TOOLS + "}", "no request"), ('{"query": " ", ' + TOOLS + "}", "no request"),
+    ('{"messages": [{"role": "user", "content": [1]}], ' + TOOLS + "}", "no request"), ('{"query": "q"}', "no tools"),
+    ('{"query": "q", "tools": [{}]}', "a tool without a name"),
+    ('{"query": "q", "tools": [{"name": "f"}, {"name": "f"}]}', "offered twice"),
+    ('{"query": "q", "tools": [{"name": "f", "parameters": {"properties": []}}]}', "JSON schema"),
+    ('{"query": "q", ' + TOOLS + ', "call": {"name": "g", "arguments": {}}}', "not among the tools"),
+    ('{"query": "q", ' + TOOLS + ', "call": "f"}', '"call" must be'),
+    ('{"query": "q", ' + TOOLS + ', "call": {"name": "f", "arguments": "{"}}', "not a JSON object"),
+    ('{"query": "q", ' + TOOLS + ', "accept": {"x": 1}}', '"accept" must be'),
+    ('{"id": 1, "query": "q", ' + TOOLS + "}", "ids must differ")])
+def test_every_bad_line_is_named(tmp_path, line, complaint):
+    good = '{"query": "q", ' + TOOLS + ', "call": {"name": "f", "arguments": "{}"}}'
+    path = tmp_path / "x.jsonl"
+    path.write_text("\ufeff" + good + "\r\n\n" + line + "\n{\n")
+    with pytest.raises(ttsi.InputError) as e:
+        ttsi.read_samples(path)
+    first, second = str(e.value).splitlines()
+    assert first.startswith(f"{path}:3: ") and complaint in first and second.startswith(f"{path}:4: ")
+
+
+@pytest.mark.parametrize("argv,complaint", [
+    (["--model", "/no/such"], "--model /no/such: cannot be loaded"), (["--data", "/no/such"], "/no/such: cannot be read"),
+    (["--k", "0"], "--k 0: must be"), (["--tau", "nan"], "--tau nan: must be"), (["--select", "some"], "invalid choice"),
+    (["--lora_rank", "x"], "invalid int"), (["--nonsense"], "unrecognized"), (["--trace", "zzz"], "no sample with id zzz"),
+    (["--output", "/proc/x/y.jsonl"], "--output /proc/x/y.jsonl: cannot be used"), (["--device", "abacus"], "cannot be loaded on abacus")])
+def test_bad_flags_end_in_one_line_and_exit_code_2(argv, complaint):
+    done = subprocess.run([sys.executable, str(HERE / "ttsi.py"), *argv], capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("ttsi: ") and complaint in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_flags():
+    flags = ttsi.parse_flags(["--paper", "--max_new_tokens=9", "--no-shuffle", "--epochs", "2"])
+    assert dataclasses.asdict(flags).items() >= (ttsi.PAPER | {"epochs": 2, "max_new_tokens": 9, "shuffle": False}).items()
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
+        ttsi.parse_flags(["-h"])
+    assert all("--" + f.name.replace("_", "-") in text.getvalue() for f in dataclasses.fields(ttsi.Config))
+
+
+def quiet(*argv):
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        summary = ttsi.main([str(a) for a in argv])
+    return summary, text.getvalue()
+
+
+def timeless(path):
+    return [{k: v for k, v in json.loads(line).items() if k != "cost"} for line in path.read_text().splitlines()]
+
+
+SHORT = ("--limit", 7, "--batch-size", 3, "--attempts", 1, "--max-new-tokens", 64)
+
+
+def test_output_resumes_after_any_cut_and_refuses_other_settings(tmp_path):
+    path = tmp_path / "new" / "run.jsonl"
+    summary, text = quiet(*SHORT, "--output", path)
+    whole, raw = timeless(path), path.read_bytes()
+    assert [r["id"] for r in whole] == [f"demo-{i:03d}" for i in range(7)]
+    assert json.loads((tmp_path / "new/run.summary.json").read_text())["n"] == summary["n"] == 7
+    ends = [i + 1 for i, byte in enumerate(raw) if byte == 10]
+    for cut in (0, ends[0], ends[2] - 1, ends[2], ends[3] + 10, ends[5]):
+        path.write_bytes(raw[:cut])
+        quiet(*SHORT, "--output", path)
+        assert timeless(path) == whole, f"cut at {cut}: other rows than an uninterrupted run"
+        kept = 0 if cut < ends[2] else ends[2] if cut < ends[5] else ends[5]
+        assert path.read_bytes()[:kept] == raw[:kept], "finished batches were done again"
+    with pytest.raises(ttsi.InputError, match="begun with tau = 0.95, not 0.5"):
+        quiet(*SHORT, "--output", path, "--tau", 0.5)
+    assert path.read_bytes()[:ends[2]] == raw[:ends[2]], "a refused run must not touch the file"
+
+
+def test_a_row_lets_a_reader_check_the_decision(tmp_path):
+    path = tmp_path / "run.jsonl"
+    quiet(*SHORT, "--output", path)
+    for row in timeless(path):
+        p = sorted((math.exp(c["logp"]) for c in row["candidates"]), reverse=True)
+        assert row["margin"] == pytest.approx((p[0] - p[1]) / sum(p), abs=1e-6)
+        assert ("drafts" in row) == (row["margin"] < 0.95)
+        assert ("adapted" in row) == bool(row.get("pairs"))
+        assert row["call"] == ttsi.parse(row.get("adapted", row["direct"]))
+
+
+def test_trace_tells_the_whole_story():
+    _, text = quiet("--trace", "demo-003", "--select", "all", "--attempts", 2)
+    parts = ["-- The prompt", "<|user|>", "-- H:", "log P", "tau 0.95", "-- G:", "draft 1:", "-- The answer", "before:", "-- The label"]
+    places = [text.index(p) for p in parts]
+    assert places == sorted(places), "the steps come in the algorithm's order, the label last"
+
+
+def test_pairs_come_from_a_file_or_from_another_run(tmp_path):
+    first = tmp_path / "first.jsonl"
+    quiet(*SHORT, "--select", "all", "--output", first)
+    _, text = quiet(*SHORT, "--select", "all", "--pairs", first, "--output", tmp_path / "second.jsonl")
+    for a, b in zip(timeless(first), timeless(tmp_path / "second.jsonl")):
+        assert (a["pairs"], a.get("adapted")) == (b["pairs"], b.get("adapted"))
+
+
+def test_the_demo_shows_every_step(embedded):
+    model, tok = embedded
+    samples = ttsi.read_samples(HERE / "data/demo.jsonl")
+    assert len(samples) == 100
+    cfg = ttsi.Config()
+    rows = [ttsi.finish(x, s, cfg) for x, s in zip(ttsi.tt_si(model, tok, samples[:40], cfg), samples)]
+    right = [r["margin"] for r in rows if r["scores"]["direct"]["name"]]
+    wrong = [r["margin"] for r in rows if not r["scores"]["direct"]["name"]]
+    assert right and wrong and sum(right) / len(right) > sum(wrong) / len(wrong), "margins must be lower on wrong answers"
+    assert sum("adapted" in r for r in rows) >= 5, "drafts are accepted for many uncertain samples"
+
+
+# ------------------------------------------------------------------------------------------------ the project
+
+def test_imports_and_layout():
+    tree = ast.parse((HERE / "ttsi.py").read_text())
+    names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    wanted = {re.split(r"\W", line)[0] for line in (HERE / "requirements.txt").read_text().split()}
+    assert wanted == {"torch", "transformers", "tqdm"} and names - set(sys.stdlib_module_names) <= wanted
+    assert len((HERE / "ttsi.py").read_text().splitlines()) <= 800
+
+
+def test_import_has_no_side_effects():
+    code = "import sys; before = set(sys.modules); import ttsi; print(end='')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_splits_are_disjoint():
+    splits = {s: [json.loads(line) for line in (HERE / f"data/{s}.jsonl").read_text().splitlines()] for s in ("dev", "demo", "test")}
+    assert {s: len(x) for s, x in splits.items()} == {"dev": 200, "demo": 100, "test": 500}
+    tools = [{t["function"]["name"] for x in rows for t in x["tools"]} for rows in splits.values()]
+    assert not (tools[0] & tools[1] or tools[0] & tools[2] or tools[1] & tools[2])
+
+
+def test_readme_commands_and_example():
+    readme = (HERE / "README.md").read_text()
+    for command in ("pip install -r requirements.txt && python ttsi.py", "pip install pytest && python -m pytest -q"):
+        assert readme.count(f"\n{command}\n") == 1, "ci runs these two lines out of the README"
+    example = re.search(r"```python\n(.*?)```", readme, re.S)[1]
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        exec(compile(example, "README.md", "exec"), {})
+    assert text.getvalue().strip()
+
+
+# ------------------------------------------------------------------------------------------------ real input
+
+FILES = ["seal-tools/canonical_294.jsonl", "toolalpaca/canonical_real.jsonl", "bfcl/canonical_multiple.jsonl",
+         "bfcl/canonical_simple_python.jsonl", "api-bank/canonical_l1.jsonl", "api-bank/canonical_l2.jsonl"]
+
+
+def gold_pairs(path, target):
+    """The next item's request and call as the pair of each: only to exercise T, of no other use."""
+    samples = ttsi.read_samples(path)
+    rows = [{"id": s["id"], "pairs": [{"request": ttsi.user_text(o["messages"]), "call": o["call"]}]}
+            for s, o in zip(samples, samples[1:] + samples[:1])]
+    target.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return len(samples)
+
+
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not beside this checkout")
+@pytest.mark.parametrize("name", FILES)
+def test_real_data_goes_through(name, tmp_path):
+    n = gold_pairs(BENCHMARKS / name, tmp_path / "pairs.jsonl")
+    few = () if os.environ.get("SLOW") else ("--limit", 3)
+    summary, text = quiet("--data", BENCHMARKS / name, "--pairs", tmp_path / "pairs.jsonl", "--no-check", "--batch-size", 4,
+                          "--max-new-tokens", 24, "--epochs", 1, "--select", "all", *few)
+    assert summary["labelled"] == summary["n"] == (n if not few else 3)
+    assert summary["adapted"] + len(summary["failed"]) >= summary["n"] - 1 and not (name == FILES[0] and summary["failed"])
