@@ -130,7 +130,7 @@ def test_scores_equal_one_candidate_at_a_time_with_its_whole_prompt(model, tok, 
 
 def test_a_name_that_begins_another_is_scored_with_its_terminator(tok):
     spans = [ttsi.name_tokens(tok, "x", '{"name": ', n) for n in ("get", "get_all")]
-    texts = [tok.decode(ids[begin:end]) for ids, begin, end in spans]
+    texts = [tok.decode(ids[begin:]) for ids, begin in spans]
     assert texts[0].startswith('get"') and texts[1].startswith('get_all"')
 
 
@@ -313,7 +313,7 @@ def test_checks(llama, tok, name, arguments, request_, verdict):
     sample = dict(SAMPLES[1], tools=SAMPLES[1]["tools"] + [tool("pick", size={"type": "string", "enum": ["S", "L"]})])
     x = ttsi.prepare(llama, tok, sample, config())
     pair = {"request": request_, "call": {"name": name, "arguments": arguments}}
-    assert ttsi.check(pair, x, ["No flight to Bern."]) == verdict
+    assert ttsi.check(pair, x, [{"request": "No flight to Bern."}]) == verdict
 
 
 def test_the_closest_drafts_are_kept():
@@ -489,7 +489,7 @@ TOOLS = '"tools": [{"name": "f", "parameters": {"properties": {}}}]'
     ('{"messages": [{"role": "user", "content": [1]}], ' + TOOLS + "}", "no request"), ('{"query": "q"}', "no tools"),
     ('{"query": "q", "tools": [{}]}', "a tool without a name"),
     ('{"query": "q", "tools": [{"name": "f"}, {"name": "f"}]}', "offered twice"),
-    ('{"query": "q", "tools": [{"name": "f", "parameters": {"properties": []}}]}', "JSON schema"),
+    ('{"query": "q", "tools": [{"name": "f", "parameters": {"properties": [1]}}]}', "JSON schema"),
     ('{"query": "q", ' + TOOLS + ', "call": {"name": "g", "arguments": {}}}', "not among the tools"),
     ('{"query": "q", ' + TOOLS + ', "call": "f"}', '"call" must be'),
     ('{"query": "q", ' + TOOLS + ', "call": {"name": "f", "arguments": "{"}}', "not a JSON object"),
@@ -563,7 +563,7 @@ def test_a_row_lets_a_reader_check_the_decision(tmp_path):
         p = sorted((math.exp(c["logp"]) for c in row["candidates"]), reverse=True)
         assert row["margin"] == pytest.approx((p[0] - p[1]) / sum(p), abs=1e-6)
         assert ("drafts" in row) == (row["margin"] < 0.95)
-        assert ("adapted" in row) == bool(row.get("pairs"))
+        assert ("adapted" in row) == bool(row.get("pairs")) and row["decision"].startswith("adapted") == ("adapted" in row)
         assert row["call"] == ttsi.parse(row.get("adapted", row["direct"]))
 
 
