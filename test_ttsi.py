@@ -484,15 +484,15 @@ TOOLS = '"tools": [{"name": "f", "parameters": {"properties": {}}}]'
 
 
 @pytest.mark.parametrize("line,complaint", [
-    ("{", "not a JSON object"), ("[]", "not a JSON object"), ('{"query": NaN}', "NaN"), ('{"query": "\\ud800"}', "surrogate"),
+    ("{", "not JSON"), ("[]", "found a list"), ('{"query": NaN}', "NaN"), ('{"query": "\\ud800"}', "surrogate"),
     ("{" + TOOLS + "}", "no request"), ('{"query": " ", ' + TOOLS + "}", "no request"),
     ('{"messages": [{"role": "user", "content": [1]}], ' + TOOLS + "}", "no request"), ('{"query": "q"}', "no tools"),
-    ('{"query": "q", "tools": [{}]}', "a tool without a name"),
+    ('{"query": "q", "tools": [{}]}', "a tool must be"),
     ('{"query": "q", "tools": [{"name": "f"}, {"name": "f"}]}', "offered twice"),
     ('{"query": "q", "tools": [{"name": "f", "parameters": {"properties": [1]}}]}', "JSON schema"),
     ('{"query": "q", ' + TOOLS + ', "call": {"name": "g", "arguments": {}}}', "not among the tools"),
     ('{"query": "q", ' + TOOLS + ', "call": "f"}', '"call" must be'),
-    ('{"query": "q", ' + TOOLS + ', "call": {"name": "f", "arguments": "{"}}', "not a JSON object"),
+    ('{"query": "q", ' + TOOLS + ', "call": {"name": "f", "arguments": "{"}}', "not JSON"),
     ('{"query": "q", ' + TOOLS + ', "accept": {"x": 1}}', '"accept" must be'),
     ('{"id": 1, "query": "q", ' + TOOLS + "}", "ids must differ")])
 def test_every_bad_line_is_named(tmp_path, line, complaint):
@@ -500,7 +500,7 @@ def test_every_bad_line_is_named(tmp_path, line, complaint):
     path = tmp_path / "x.jsonl"
     path.write_text("\ufeff" + good + "\r\n\n" + line + "\n{\n")
     with pytest.raises(ttsi.InputError) as e:
-        ttsi.read_samples(path)
+        ttsi.read_jsonl(path, ttsi.to_sample)
     first, second = str(e.value).splitlines()
     assert first.startswith(f"{path}:3: ") and complaint in first and second.startswith(f"{path}:4: ")
 
@@ -508,7 +508,7 @@ def test_every_bad_line_is_named(tmp_path, line, complaint):
 @pytest.mark.parametrize("argv,complaint", [
     (["--model", "/no/such"], "--model /no/such: cannot be loaded"), (["--data", "/no/such"], "/no/such: cannot be read"),
     (["--k", "0"], "--k 0: must be"), (["--tau", "nan"], "--tau nan: must be"), (["--select", "some"], "invalid choice"),
-    (["--lora_rank", "x"], "invalid int"), (["--nonsense"], "unrecognized"), (["--trace", "zzz"], "no sample with id zzz"),
+    (["--lora_rank", "x"], "invalid int"), (["--nonsense"], "unrecognized"), (["--trace", "zzz"], "no sample has the id zzz"),
     (["--output", "/proc/x/y.jsonl"], "--output /proc/x/y.jsonl: cannot be used"), (["--device", "abacus"], "cannot be loaded on abacus")])
 def test_bad_flags_end_in_one_line_and_exit_code_2(argv, complaint):
     done = subprocess.run([sys.executable, str(HERE / "ttsi.py"), *argv], capture_output=True, text=True,
@@ -569,7 +569,7 @@ def test_a_row_lets_a_reader_check_the_decision(tmp_path):
 
 def test_trace_tells_the_whole_story():
     _, text = quiet("--trace", "demo-003", "--select", "all", "--attempts", 2)
-    parts = ["-- The prompt", "<|user|>", "-- H:", "log P", "tau 0.95", "-- G:", "draft 1:", "-- The answer", "before:", "-- The label"]
+    parts = ["-- The prompt", "<|user|>", "-- H:", "log P", "tau 0.95", "-- G:", "-> ", "-- The answer", "before:", "after:", "-- The label"]
     places = [text.index(p) for p in parts]
     assert places == sorted(places), "the steps come in the algorithm's order, the label last"
 
@@ -584,7 +584,7 @@ def test_pairs_come_from_a_file_or_from_another_run(tmp_path):
 
 def test_the_demo_shows_every_step(embedded):
     model, tok = embedded
-    samples = ttsi.read_samples(HERE / "data/demo.jsonl")
+    samples = list(ttsi.read_jsonl(HERE / "data/demo.jsonl", ttsi.to_sample).values())
     assert len(samples) == 100
     cfg = ttsi.Config()
     rows = [ttsi.finish(x, s, cfg) for x, s in zip(ttsi.tt_si(model, tok, samples[:40], cfg), samples)]
@@ -636,7 +636,7 @@ FILES = ["seal-tools/canonical_294.jsonl", "toolalpaca/canonical_real.jsonl", "b
 
 def gold_pairs(path, target):
     """The next item's request and call as the pair of each: only to exercise T, of no other use."""
-    samples = ttsi.read_samples(path)
+    samples = list(ttsi.read_jsonl(path, ttsi.to_sample).values())
     rows = [{"id": s["id"], "pairs": [{"request": ttsi.user_text(o["messages"]), "call": o["call"]}]}
             for s, o in zip(samples, samples[1:] + samples[:1])]
     target.write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -15,40 +15,26 @@
 Departures from the paper, and choices where it is silent (--paper sets everything that it states):
  1. Drafts must pass label-free checks (--check); the paper keeps whatever is written.
  2. A pair is written call first, request second; the paper shows no prompt.
- 3. SGD, normalised per adapter, is the default (--optimizer); the paper's optimiser steps at 1e-4 (AdamW is our
-    reading), and its warm-up, 3 % of five steps, is less than one step: there is none here.
- 4. The adapter may act only behind the tool list, whose key/value cache then serves every stage (--adapt suffix);
-    the paper's acts on every token (--adapt full).
- 5. Tools are offered in a seeded order (--shuffle), because benchmarks tend to list the right one first.
- 6. b samples are processed at once, each with an adapter of its own (--batch-size): the same results, sooner.
+ 3. SGD, normalised per adapter, is the default. The paper gives lr 1e-4, whose optimiser we take to be AdamW
+    (--optimizer), and 3 % warm-up, less than one of its five steps: there is none here.
+ 4. The adapter acts behind the tool list only (--adapt suffix): one key/value cache of it serves every stage.
+ 5. Tools are offered in a seeded order (--shuffle): benchmarks tend to list the right one first.
+ 6. b samples are processed at once, each with an adapter of its own (--batch-size): same results, sooner.
 
 Shapes: b samples, N candidates, R rows of T tokens, V vocabulary, K pairs, r rank.
 """
-import argparse
-import copy
-import dataclasses
-import functools
-import hashlib
-import json
-import math
-import os
-import random
-import re
-import sys
-import time
+import argparse, copy, dataclasses, functools, hashlib, json, math, os, re, sys, time  # noqa: E401
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import transformers
+import torch, transformers  # noqa: E401
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # ---------------------------------------------------------------------------------------------- configuration
-
 def flag(default, text, allowed=None):
     """A field that is a flag; `allowed` is a tuple of choices, or the least number."""
     return dataclasses.field(default=default, metadata={"help": text, "allowed": allowed})
@@ -92,18 +78,14 @@ PAPER = dict(tau=0.95, score="sum", select="uncertain", k=1, drafts=1, attempts=
              lora_rank=8, lora_alpha=16.0, optimizer="adamw", lr=1e-4, epochs=5, adapt="full")
 
 # ---------------------------------------------------------------------------------------------- data
-
-class InputError(Exception):
+class InputError(ValueError):
     """Bad input, told in one line: where, what is wrong, and what would be right."""
 
 def need(ok, message):
     if not ok:
         raise InputError(message)
 
-def reject(constant):
-    raise ValueError(f"{constant} is not JSON")
-
-DECODER = json.JSONDecoder(parse_constant=reject)  # no NaN, no infinity
+DECODER = json.JSONDecoder(parse_constant=lambda name: need(False, f"{name} is not JSON"))
 
 def dumps(value):
     return json.dumps(value, ensure_ascii=False)
@@ -115,91 +97,82 @@ def loads(text):
         dumps(value).encode()  # refuses lone surrogates, which no tokenizer takes
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"found a {type(value).__name__}")
+    need(isinstance(value, dict), f"found a {type(value).__name__}")
     return value
 
 def parse(text):
     """The JSON object that begins at the first brace of a model's text, or None. Model output is untrusted data."""
     try:
-        begin = text.index("{")
-        return loads(text[begin:DECODER.raw_decode(text, begin)[1]])
+        return loads(text[text.index("{"):DECODER.raw_decode(text, text.index("{"))[1]])
     except (ValueError, RecursionError):
         return None
 
+def fits(value, shape):
+    """Does a JSON value have this shape: a type, [shape], {key: shape}, "key?": may be absent or null, ...: any key."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(v, shape[0]) for v in value)
+    if not isinstance(shape, dict):
+        return isinstance(value, shape)
+    return isinstance(value, dict) and all(
+        all(fits(v, part) for v in value.values()) if key is ... else
+        (key.endswith("?") and value.get(key[:-1]) is None) or fits(value.get(key.rstrip("?")), part)
+        for key, part in shape.items())
+
+MESSAGES = [{"role": str, "content?": str, "tool_calls?": [dict]}]
+TOOL = {"name": str, "description?": str, "parameters?": {"properties?": {...: dict}, "required?": [str]}}
+CALL = {"name": str, "arguments": dict}
+
 def read_jsonl(path, check):
-    """-> [check(object, line number) for every line]; one InputError names every line that is refused."""
+    """{id: check(object)} of all lines; one InputError names every line that is refused. The id may be left out."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be read ({e}); give a JSONL file in UTF-8, one object per line") from e
-    found, errors = [], []
+    found, errors = {}, []
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                found.append(check(loads(line), number))
-        except (ValueError, InputError) as e:
-            hint = "" if isinstance(e, InputError) else "not a JSON object; each line must be one: "
+                record = loads(line)
+                record["id"] = str(record.get("id", number))
+                need(record["id"] not in found, f'the id {dumps(record["id"])} has been seen before; ids must differ')
+                found[record["id"]] = check(record)
+        except ValueError as e:
+            hint = "" if isinstance(e, InputError) else "not JSON, each line must be one object: "
             errors.append(f"{path}:{number}: {hint}{e}")
     need(not errors, "\n".join(errors))
     need(found, f"{path}: nothing in it; each line must be one JSON object")
     return found
 
-def read_samples(path):
-    """Canonical records (README: Your own data) -> samples {id, messages, tools, call?, accept?}."""
-    lines = {}
-
-    def check(record, number):
-        sample = to_sample(record, number)
-        first = lines.setdefault(sample["id"], number)
-        need(first == number, f'id "{sample["id"]}" stands in line {first} too; ids must differ')
-        return sample
-    return read_jsonl(path, check)
-
-def list_of(kind, values):
-    return isinstance(values, list) and all(isinstance(v, kind) for v in values)
-
-def to_sample(record, number):
-    """One record, checked, its shorthands spelled out."""
+def to_sample(record):
+    """A canonical record (README: Your own data) -> {id, messages, tools, call?, accept?}, shorthands spelled out."""
     messages = [{"role": "user", "content": record["query"]}] if "query" in record else record.get("messages")
-    need(list_of(dict, messages) and any(str(m.get("content") or "").strip() for m in messages) and all(
-        isinstance(m.get("role"), str) and isinstance(m.get("content") or "", str)
-        and list_of(dict, m.get("tool_calls") or []) for m in messages),
-        'no request; give "query": "..." or "messages": [{"role": "user", "content": "..."}]')
-    need(list_of(dict, record.get("tools")) and record["tools"], 'no tools; give [{"name": ..., "parameters": ...}]')
+    need(fits(messages, MESSAGES) and any((m.get("content") or "").strip() for m in messages),
+         'no request; give "query": "..." or "messages": [{"role": "user", "content": "..."}]')
+    need(fits(record.get("tools"), [dict]) and record["tools"], 'no tools; give [{"name": ..., "parameters": ...}]')
     tools = [t.get("function", t) for t in record["tools"]]
-    names = [t.get("name") if isinstance(t, dict) else None for t in tools]
-    for tool, name in zip(tools, names):
-        need(isinstance(name, str) and name, 'a tool without a name; each must be {"name": ..., "parameters": ...}')
-        need(names.count(name) == 1, f'tool "{name}" is offered twice; names must differ')
-        schema = tool.get("parameters") or {}
-        need(isinstance(schema, dict) and list_of(str, schema.get("required") or []) and isinstance(
-            schema.get("properties") or {}, dict) and list_of(dict, [*(schema.get("properties") or {}).values()]),
-            f'tool "{name}": "parameters" must be a JSON schema, {{"type": "object", "properties": {{...}}}}')
-    sample = {"id": str(record.get("id", number)), "messages": messages, "tools": tools}
+    for t in tools:
+        need(fits(t, TOOL) and t["name"], 'a tool must be {"name": "...", "parameters": {JSON schema with "properties"}},'
+             f" not {dumps(t)[:80]}")
+    names = [t["name"] for t in tools]
+    need(len(set(names)) == len(names), f"a tool is offered twice; names must differ: {names}")
+    sample = {"id": record["id"], "messages": messages, "tools": tools}
     if record.get("call") is not None:
-        call = record["call"] if isinstance(record["call"], dict) else {}
-        arguments = call.get("arguments", {})
-        arguments = loads(arguments or "{}") if isinstance(arguments, str) else arguments
-        need("name" in call and isinstance(arguments, dict), '"call" must be {"name": "...", "arguments": {...}}')
+        call = sample["call"] = record["call"]
+        if fits(call, {"name": str, "arguments": str}):
+            call["arguments"] = loads(call["arguments"])
+        need(fits(call, CALL), '"call" must be {"name": "...", "arguments": {...}}')
         need(call["name"] in names, f'"call" names {dumps(call["name"])}, which is not among the tools {names}')
-        sample["call"] = {"name": call["name"], "arguments": arguments}
     if record.get("accept") is not None:
-        need(isinstance(record["accept"], dict) and list_of(list, [*record["accept"].values()]),
-             '"accept" must be {argument: [acceptable values]}')
+        need(fits(record["accept"], {...: list}), '"accept" must be {argument: [acceptable values]}')
         sample["accept"] = record["accept"]
     return sample
 
-def read_pairs(path):
-    """{id, pairs: [{request, call}]} a line -> {id: pairs}; a run's own --output is such a file."""
-    def check(row, number):
-        need("id" in row and list_of(dict, row.get("pairs") or []),
-             'no pairs; give {"id": ..., "pairs": [{"request": "...", "call": {...}}]}')
-        return str(row["id"]), row.get("pairs") or []
-    return dict(read_jsonl(path, check))
+def to_pairs(record):
+    """{id, pairs: [{request, call}]} -> pairs; the rows of a run's own --output are such records."""
+    need(fits(record, {"pairs?": [dict]}), 'give {"id": ..., "pairs": [{"request": "...", "call": {...}}]}')
+    return record.get("pairs") or []
 
 # ---------------------------------------------------------------------------------------------- prompts
-
 SYSTEM = ('Answer the request with one tool call, a JSON object {"name": ..., "arguments": {...}} and nothing else.'
           ' Tools:\n')
 # FORK HERE: another generation prompt; `judge` reads what it asks for, `check` is label-free quality control.
@@ -278,7 +251,6 @@ def prepare(model, tok, sample, cfg):
     return x
 
 # ---------------------------------------------------------------------------------------------- tokens and cache
-
 class Past(NamedTuple):
     """What the model has read: token ids of each row, their key/value cache, and (R, slots) which slots are real."""
     ids: list
@@ -309,7 +281,7 @@ def forward(model, rows, past=None, owner=None, keep=1):
     out = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), logits_to_keep=keep,
                 position_ids=position.to(model.device), past_key_values=cache,
                 use_cache=cache is not None or not torch.is_grad_enabled())
-    return out.logits, Past(rows, out.past_key_values, mask)
+    return out.logits, Past(list(rows), out.past_key_values, mask)
 
 def token_logprobs(model, rows, n, past=None, owner=None):
     """(R, L) log-probability of the last n[j] tokens of row j, L = max(n); right-aligned, 0 elsewhere.
@@ -354,7 +326,6 @@ def decode(model, tok, rows, start, limit, past=None, owner=None, temperature=0.
         logits, past = forward(model, rows, past)
 
 # ---------------------------------------------------------------------------------------------- stages
-
 def metered(f):
     """Adds the stage's seconds and tokens to each sample's "cost", in equal shares; without samples, does nothing.
 
@@ -382,6 +353,7 @@ def metered(f):
 @metered
 @torch.no_grad()  # not inference_mode: T's gradients pass through what is cached here
 def prefill(model, tok, xs, rows, past=None):
+    """-> the Past that rows leave behind, one for each sample."""
     return forward(model, rows, past)[1]
 
 @metered
@@ -391,7 +363,6 @@ def answer(model, tok, xs, past, cfg):
                   [x["slot"] for x in xs])
 
 # ---------------------------------------------------------------------------------------------- H: self-awareness
-
 @metered
 @torch.no_grad()
 def score(model, tok, xs, past, cfg):
@@ -400,14 +371,9 @@ def score(model, tok, xs, past, cfg):
     Summed from the first token of the name through the one that holds the closing quote: without a terminator, a
     name that begins another one could never lose to it.
     """
-    rows, n, owner = [], [], []
-    for x in xs:
-        for name in x["names"]:
-            ids, begin = name_tokens(tok, x["prompt"], '{"name": ', name)
-            rows.append(ids)
-            n.append(len(ids) - begin)
-            owner.append(x["slot"])
-    logp = token_logprobs(model, rows, n, past, owner).sum(1).tolist()
+    rows, begin = zip(*(name_tokens(tok, x["prompt"], '{"name": ', name) for x in xs for name in x["names"]))
+    n = [len(row) - b for row, b in zip(rows, begin)]
+    logp = token_logprobs(model, rows, n, past, [x["slot"] for x in xs for _ in x["names"]]).sum(1).tolist()
     flat = iter(logp if cfg.score == "sum" else [l / tokens for l, tokens in zip(logp, n)])
     return [[next(flat) for _ in x["names"]] for x in xs]
 
@@ -421,7 +387,6 @@ def softmax(logp):
     return torch.tensor(logp, dtype=torch.float64).softmax(0).tolist()
 
 # ---------------------------------------------------------------------------------------------- G: self-data
-
 @metered
 def generate(model, tok, xs, past, cfg):
     """G. The model writes drafts, up to `attempts` times, until K pass -> for each sample [{text, verdict, pair}]."""
@@ -443,7 +408,7 @@ def generate(model, tok, xs, past, cfg):
         texts = decode(model, tok, rows, start, cfg.max_new_tokens, past, [xs[i]["slot"] for i in owner],
                        cfg.temperature, torch.stack(uniform))
         for i, text in zip(owner, texts):
-            drafts[i].append(judge(parse(text) or {}, text, xs[i], drafts[i], cfg))
+            drafts[i].append(judge(parse(text), text, xs[i], drafts[i], cfg))
     return drafts
 
 def supplied(xs, pairs, cfg):
@@ -458,14 +423,13 @@ def supplied(xs, pairs, cfg):
 
 def judge(draft, text, x, before, cfg):
     """One draft, parsed -> {text, verdict, pair or None}. Unchecked, all that it needs are a request and a call."""
-    call, request, pair = draft.get("call"), draft.get("request"), None
-    if (isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)
-            and isinstance(request, str) and request.strip()):
-        pair = {"request": request.strip(), "call": {"name": call["name"], "arguments": call["arguments"]}}
-        wrong = check(pair, x, [d["pair"] for d in before if d["pair"]]) if cfg.check else ""
-    else:
-        wrong = "no JSON object with a request and a call"
+    if not fits(draft, {"request": str, "call": CALL}) or not draft["request"].strip():
+        return {"text": text, "verdict": "no JSON object with a request and a call", "pair": None}
+    pair = {"request": draft["request"].strip(), "call": {key: draft["call"][key] for key in CALL}}
+    wrong = check(pair, x, [d["pair"] for d in before if d["pair"]]) if cfg.check else ""
     return {"text": text, "verdict": wrong or "kept", "pair": None if wrong else pair}
+
+TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
 
 # FORK HERE: checks of your own. They see the request, the tools on offer and earlier drafts, never a label.
 def check(pair, x, before):
@@ -480,7 +444,8 @@ def check(pair, x, before):
         rule = (schema.get("properties") or {}).get(key)
         if rule is None:
             return "unknown argument"
-        if not has_type(value, rule.get("type")):
+        kind = TYPES.get(str(rule.get("type")), object)
+        if not isinstance(value, kind) or isinstance(value, bool) and kind not in (bool, object):  # True is an int
             return "wrong type"
         if isinstance(rule.get("enum"), list) and value not in rule["enum"]:
             return "value not in enum"
@@ -489,13 +454,6 @@ def check(pair, x, before):
     if words(pair["request"]) == words(x["request"]):
         return "copy of the request"
     return "written before" if any(words(pair["request"]) == words(p["request"]) for p in before) else ""
-
-def has_type(value, name):
-    """By JSON schema; what is not one of its six names passes."""
-    kind = TYPES.get(name, object) if isinstance(name, str) else object
-    return isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))  # True is an int
-
-TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
 
 def words(text):
     return re.findall(r"\w+", text.casefold())
@@ -508,7 +466,6 @@ def closest(request, pairs):
     return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: -overlap[i])]  # stable: ties stay in order
 
 # ---------------------------------------------------------------------------------------------- T: self-improvement
-
 # FORK HERE: another adapter. `fresh` makes the parameters of one layer for b samples, `delta` is what they add to y.
 def fresh(layer, generators, cfg):
     """A uniform in +-1/sqrt(d_in), B = 0: before the first step the adapter changes nothing. Always float32."""
@@ -594,7 +551,6 @@ def sgd(theta, lr):
         p -= lr * p.grad / norm.view(-1, *[1] * (p.dim() - 1))
 
 # ---------------------------------------------------------------------------------------------- Algorithm 1
-
 def tt_si(model, tok, samples, cfg, pairs=None):
     """Algorithm 1 for b independent samples at once -> their rows, in order. b = 1 is the paper, literally.
 
@@ -633,12 +589,12 @@ def gate(x, cfg):
     return cfg.select == "all" or (x["margin"] < cfg.tau) == (cfg.select == "uncertain")
 
 def note(xs, **columns):
+    """Writes one value per sample, by name."""
     for key, values in columns.items():
         for x, value in zip(xs, values):
             x[key] = value
 
 # ---------------------------------------------------------------------------------------------- scoring (reads labels)
-
 def canonical(value):
     """Values are compared as strings, once 12.0 is 12; containers element by element."""
     if isinstance(value, dict):
@@ -712,24 +668,25 @@ def table(s, cfg):
     """The summary for people."""
     line = "{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format
     lines = [line("", "name", "call", "difference [95 %]", "wins", "losses", "adapted", "s/sample", "tokens/sample")]
-    cost = lambda side, unit, digits: (f"{s[side][unit]:.{digits}f} "
-                                       f"({s[side][unit] / (s['direct'][unit] or math.nan):.1f}x)")
-    cells = {"direct": ["", "", "", ""], "ttsi": ["", "", "", f'{s["adapted"]}/{s["n"]}']}
     if s["labelled"]:
         lines.append(line("always first", f'{s["always_first"]:.1f}', *[""] * 7))
-        low, high = s["interval"]
-        cells["ttsi"][:3] = f'{s["difference"]:+.1f} [{low:+.1f}, {high:+.1f}]', s["wins"], s["losses"]
     for label, side in (("direct", "direct"), ("TT-SI", "ttsi")):
-        accuracy = [f"{s[side][kind]:.1f}" if s["labelled"] else "-" for kind in ("name", "call")]
-        lines.append(line(label, *accuracy, *cells[side], cost(side, "seconds", 3), cost(side, "tokens", 0)))
-    drafts = [f"{n} {verdict}" for verdict, n in s["verdicts"].items()]
-    lines += ["", f'{sum(s["verdicts"].values())} drafts: {", ".join(drafts)}'] if drafts else [""]
+        cells = [label, *(f"{s[side][kind]:.1f}" if s["labelled"] else "" for kind in ("name", "call")), "", "", "", ""]
+        if side == "ttsi":
+            cells[3:] = "", "", "", f'{s["adapted"]}/{s["n"]}'
+            if s["labelled"]:
+                change = "{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"])
+                cells[3:6] = change, s["wins"], s["losses"]
+        for unit, digits in (("seconds", 3), ("tokens", 0)):
+            cells.append(f"{s[side][unit]:.{digits}f} ({s[side][unit] / (s['direct'][unit] or math.nan):.1f}x)")
+        lines.append(line(*cells))
+    lines += ["", ", ".join(f"{n} drafts: {verdict}" for verdict, n in s["verdicts"].items()) or "no drafts"]
     if s["one_candidate"]:
         lines.append(f'{s["one_candidate"]} samples offer one tool only: no margin, taken as certain')
     lines += [f"not answered, counted as wrong: {i}: {error}" for i, error in s["failed"].items()]
     if 0 < s["labelled"] < 300:
-        lines.append(f'With {s["labelled"]} samples the interval is wide' + (
-            "; README.md has the table on the full test split." if cfg.data == Config.data else "."))
+        more = "; README.md has the table on the full test split" if cfg.data == Config.data else ""
+        lines.append(f'with {s["labelled"]} samples the interval is wide{more}')
     return "\n".join(lines)
 
 def trace(x, row, sample, cfg):
@@ -742,26 +699,22 @@ def trace(x, row, sample, cfg):
     print(f'  {row["error"] or row["decision"]}')
     if "drafts" in row:
         print(f"\n-- G: the same tools, another message\n{DRAFT}{x['request']}\n")
-    for i, d in enumerate(row.get("drafts", []), 1):
-        print(f'  draft {i}: {d["text"]}\n           {d["verdict"]}')
-    for pair in row.get("pairs", []):
-        print(f'  to train on: {pair["request"]}\n           ->  {dumps(pair["call"])}')
+    for d in row.get("drafts", []):
+        print(f'  {d["text"]}\n  -> {d["verdict"]}')
     if "adapted" in row:
-        print(f"\n-- T: a temporary LoRA of rank {cfg.lora_rank} on these pairs")
+        print(f"\n-- T: a temporary LoRA of rank {cfg.lora_rank}, trained on what a request and its call should be")
+        for pair in row["pairs"]:
+            print(f'  {pair["request"]}\n  -> {dumps(pair["call"])}')
         for step, loss in enumerate(row["loss"], 1):
             print(f"  step {step}: loss {loss:.4f}")
-        print("  the candidates after it:")
         bars(row["candidates_after"])
-    print(f'\n-- The answer\n  before: {row.get("direct")}')
-    print(f'  after:  {row["adapted"]}\n  and everything is reset' if "adapted" in row else "  nothing was trained")
+    print(f'\n-- The answer, after which everything is reset\n  before: {row.get("direct")}\n  after:  {row["answer"]}')
     if "call" in sample:
         print(f'\n-- The label, which nothing above has seen\n  {dumps(sample["call"])}')
-        for when, side in (("before", "direct"), ("after", "ttsi")):
-            right = row["scores"][side]
+        for when, right in (("before", row["scores"]["direct"]), ("after", row["scores"]["ttsi"])):
             print(f'  {when}: {"right" if right["call"] else "right tool, wrong arguments" if right["name"] else "wrong"}')
 
 # ---------------------------------------------------------------------------------------------- running
-
 def load(cfg):
     """-> (model, tokenizer), frozen; from safetensors only, without running code that comes with a model."""
     device = cfg.device if cfg.device != "auto" else (
@@ -774,17 +727,11 @@ def load(cfg):
         model = model.to(device).eval().requires_grad_(False)
     except Exception as e:  # whatever goes wrong in there is about this model or device
         why = (str(e) or repr(e)).strip().splitlines()[0]
-        raise InputError(f"--model {cfg.model}: cannot be loaded on {device} ({why}); give a folder or hub name of a"
-                         " causal language model in safetensors") from e
+        raise InputError(f"--model {cfg.model}: cannot be loaded on {device} ({why}); give a causal language model,"
+                         " a folder or a hub name, in safetensors") from e
     need(tok.is_fast, f"--model {cfg.model}: its tokenizer gives no character offsets; a fast one is needed")
     need(linear_layers(model), f"--model {cfg.model}: there is no linear layer to adapt")
     return model, tok
-
-def select(samples, cfg):
-    wanted = [i for i in (cfg.trace or cfg.ids).split(",") if i]
-    missing = set(wanted) - {s["id"] for s in samples}
-    need(not missing, f'{cfg.data}: no sample with id {", ".join(sorted(missing))}; the first is {samples[0]["id"]}')
-    return [s for s in samples if not wanted or s["id"] in wanted][:cfg.limit or None]
 
 def resume(cfg, settings, batches):
     """Opens cfg.output -> (file, rows of the whole batches at its head). A torn line or batch is done again."""
@@ -811,8 +758,12 @@ def resume(cfg, settings, batches):
 
 def run(cfg):
     """Reads, answers, scores, writes -> the summary."""
-    samples = select(read_samples(cfg.data), cfg)
-    pairs = read_pairs(cfg.pairs) if cfg.pairs else None
+    samples = read_jsonl(cfg.data, to_sample)
+    wanted = [i for i in (cfg.trace or cfg.ids).split(",") if i] or list(samples)
+    missing = [i for i in wanted if i not in samples]
+    need(not missing, f'{cfg.data}: no sample has the id {", ".join(missing)}; the first is {next(iter(samples))}')
+    samples = [samples[i] for i in samples if i in set(wanted)][:cfg.limit or None]
+    pairs = read_jsonl(cfg.pairs, to_pairs) if cfg.pairs else None
     size = cfg.batch_size or (25 if cfg.model == Config.model else 1)
     batches = [samples[i:i + size] for i in range(0, len(samples), size)]  # of the selection and the size alone
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("output", "trace")}
@@ -842,25 +793,27 @@ def run(cfg):
     return summary
 
 def parse_flags(argv):
+    """-> Config; - and _ are one in a flag's name."""
     parser = argparse.ArgumentParser(prog="ttsi.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
-    fields = {f.name: (f.default, f.metadata["help"], f.metadata["allowed"]) for f in dataclasses.fields(Config)}
-    for name, (default, text, allowed) in fields.items():
-        how = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {
-            "type": type(default), "choices": allowed if isinstance(allowed, tuple) else None}
-        text = text.replace("%", "%%") + ("" if default == "" else " (default: %(default)s)")
-        parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
+    for f in dataclasses.fields(Config):
+        text, allowed = f.metadata["help"].replace("%", "%%"), f.metadata["allowed"]
+        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
+            "type": f.type, "choices": allowed if isinstance(allowed, tuple) else None}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how,
+                            help=text + ("" if f.default == "" else " (default: %(default)s)"))
     parser.add_argument("--paper", action="store_true", help="all that the paper states; other flags still count: "
                         + ", ".join(f"{k} {v}" for k, v in PAPER.items()))
     argv = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv]
     if "--paper" in argv:
         parser.set_defaults(**PAPER)
-    flags = vars(parser.parse_args(argv))
+    flags = vars(parser.parse_args([a for a in argv if a != "--paper"]))
     flags.pop("paper")
-    for name, (default, _, least) in fields.items():
-        need(isinstance(least, tuple) or least is None or least <= flags[name] < math.inf,
-             f"--{name.replace('_', '-')} {flags[name]}: must be a number of at least {least}")
+    for f in dataclasses.fields(Config):
+        least, value = f.metadata["allowed"], flags[f.name]
+        need(isinstance(least, tuple) or least is None or least <= value < math.inf,
+             f"--{f.name.replace('_', '-')} {value}: must be a number of at least {least}")
     return Config(**flags)
 
 def main(argv=None):
