@@ -370,17 +370,27 @@ def test_base_weights_and_hooks_after_a_run_and_after_an_exception_in_it(model, 
     same(run(model, tok), first)
 
 
+def test_a_cached_tool_list_is_not_computed_again(llama, tok):
+    cfg = config(tau=2.0, check=False, epochs=2, k=1)
+    rows = {adapt: ttsi.tt_si(llama, tok, SAMPLES[1:2], dataclasses.replace(cfg, adapt=adapt), PAIRS)[0]
+            for adapt in ("suffix", "full")}
+    saved = [rows["full"]["cost"][s][1] - rows["suffix"]["cost"][s][1] for s in ("train", "answer")]
+    assert saved[0] == 2 * 2 * rows["full"]["head"], "two steps, forward and backward"
+    head, asked = rows["full"]["head"], len(rows["full"]["ids"])
+    assert rows["full"]["cost"]["prefill"][1] == asked - 1 and rows["full"]["cost"]["answer"][1] >= asked > head
+
+
 def test_each_sample_starts_from_the_base(llama, tok):
     alone = run(llama, tok, SAMPLES[1:2], lr=1.0)
     same({"b": run(llama, tok, SAMPLES[:2], lr=1.0, select="all")["b"]}, alone)
 
 
 def test_order_limit_and_batch_size_change_nothing(model, tok):
-    for pairs, tau in ((PAIRS, 2.0), (None, 0.95)):
-        whole = run(model, tok, pairs=pairs, tau=tau)
-        same(run(model, tok, SAMPLES[::-1], pairs=pairs, tau=tau), whole)
-        for i, s in enumerate(SAMPLES):
-            same(run(model, tok, [s], pairs=pairs, tau=tau), {s["id"]: whole[s["id"]]})
+    for how in ({"pairs": PAIRS}, {"pairs": None, "tau": 0.95}, {"pairs": None, "select": "all"}):
+        whole = run(model, tok, **how)
+        same(run(model, tok, SAMPLES[::-1], **how), whole)
+        for s in SAMPLES:
+            same(run(model, tok, [s], **how), {s["id"]: whole[s["id"]]})
 
 
 def test_scrambled_labels_change_no_prediction(model, tok):
