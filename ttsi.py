@@ -32,7 +32,6 @@ import torch, transformers  # noqa: E401
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # ---------------------------------------------------------------------------------------------- configuration
 def flag(default, text, allowed=None):
@@ -51,7 +50,8 @@ class Config:
     trace: str = flag("", "tell the sample of this id step by step")
     seed: int = flag(0, "of drafts, adapter initialisation and candidate order")
     device: str = flag("auto", "a torch device; auto: cuda, else mps, else cpu")
-    dtype: str = flag("auto", "of the frozen base; auto: float32 on a CPU, else the checkpoint's own", DTYPES)
+    dtype: str = flag("auto", "of the frozen base; auto: float32 on a CPU, else the checkpoint's",
+                      ("auto", "float32", "bfloat16", "float16"))
     batch_size: int = flag(0, "samples at once; 0: 25 for the embedded model, 1 for any other [ours; paper: 1]", 0)
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
     # H
@@ -212,18 +212,14 @@ def render(tok, system, user):
     raise InputError(f"the model's chat template cannot hold a system and a user message ({error})")
 
 def encode(tok, text, *at):
-    """-> (token ids, n for each character position in `at`): token n is the first that reaches beyond it.
-
-    Prompt and answer are tokenised as one text: a token may straddle the boundary, and then it is the answer's.
-    """
+    """-> (token ids, n for each character position in `at`): token n is the first that reaches beyond it. Prompt and
+    answer are tokenised as one text: a token that straddles their boundary is the answer's."""
     out = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     return out.input_ids, *(sum(end <= a for _, end in out.offset_mapping) for a in at)
 
 def name_tokens(tok, prompt, opening, name):
-    """-> (ids of prompt + opening + "name", cut after the token with the closing quote; first token of the name).
-
-    The name is tokenised inside its whole answer: in many vocabularies the quote and the comma are one token.
-    """
+    """-> (ids of prompt + opening + "name", up to the token with the closing quote; first token of the name). It is
+    tokenised inside its whole answer: in many vocabularies the quote and the comma are one token."""
     text = prompt + opening + dumps(name)
     ids, begin, quote = encode(tok, text + ', "arguments"', len(prompt + opening) + 1, len(text) - 1)
     return ids[:quote + 1], begin
@@ -258,23 +254,21 @@ class Past(NamedTuple):
     mask: torch.Tensor
 
 def forward(model, rows, past=None, owner=None, keep=1):
-    """Logits (R, keep, V) at the last `keep` positions of R token rows, and the Past that they leave behind.
+    """-> (logits (R, keep, V) at the last `keep` positions of R token rows, the Past that they leave behind).
 
     Row j continues row owner[j] of `past`, whose tokens are not computed again; `past` is not changed. Rows are
-    padded on the left: all end together, and only the positions that matter go through the head.
-    """
+    padded on the left: all end together, and only the positions that matter go through the head."""
     owner = list(range(len(rows))) if owner is None else owner
     past = past or Past([[]] * (max(owner) + 1), None, torch.zeros(max(owner) + 1, 0, dtype=torch.long))
     assert all(row[:len(past.ids[o])] == past.ids[o] for row, o in zip(rows, owner)), "a row must continue its past"
     new = [row[len(past.ids[o]):] for row, o in zip(rows, owner)]
     width = max(map(len, new))
     ids = torch.tensor([[0] * (width - len(n)) + n for n in new])  # (R, T)
-    mask = torch.tensor([[0] * (width - len(n)) + [1] * len(n) for n in new])
-    mask = torch.cat([past.mask[owner], mask], 1)  # (R, slots + T)
+    mask = [[0] * (width - len(n)) + [1] * len(n) for n in new]
+    mask = torch.cat([past.mask[owner], torch.tensor(mask)], 1)  # (R, slots + T)
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]  # pads do not count
-    cache = past.cache
+    cache = copy.copy(past.cache)
     if cache is not None:  # an update rebinds a layer's tensors, so shallow copies make a fresh cache
-        cache = copy.copy(cache)
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         if owner != list(range(len(past.ids))):
             cache.reorder_cache(torch.tensor(owner, device=model.device))
@@ -287,8 +281,7 @@ def token_logprobs(model, rows, n, past=None, owner=None):
     """(R, L) log-probability of the last n[j] tokens of row j, L = max(n); right-aligned, 0 elsewhere.
 
         tokens    t0    t1    t2    t3       the logits at one position
-        logits    '---> '---> '---> '        predict the token at the next
-    """
+        logits    '---> '---> '---> '        predict the token at the next"""
     L = max(n)
     logits = forward(model, rows, past, owner, keep=L + 1)[0][:, :-1]  # (R, L, V)
     target = torch.tensor([([0] * L + row)[-L:] for row in rows], device=logits.device)
@@ -301,11 +294,9 @@ def decode(model, tok, rows, start, limit, past=None, owner=None, temperature=0.
     """-> R texts from token start[j] of row j on, each ended by an end token, a closed JSON object, or `limit`.
 
     temperature 0 is greedy; else uniform (R, limit) in [0, 1) goes through the inverse of the cumulative
-    distribution: a row's draws are its own, whatever else is in the batch. No generation_config is obeyed.
-    """
-    ends = {tok.eos_token_id}
-    for e in (model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id):
-        ends.update(e if isinstance(e, list) else [e])
+    distribution: a row's draws are its own, whatever else is in the batch. No generation_config is obeyed."""
+    ends = [tok.eos_token_id, model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id]
+    ends = {e for end in ends for e in (end if isinstance(end, list) else [end])}
     texts, live = [""] * len(rows), set(range(len(rows)))
     logits, past = forward(model, rows, past, owner)
     for t in range(limit):
@@ -329,9 +320,8 @@ def decode(model, tok, rows, start, limit, past=None, owner=None, temperature=0.
 def metered(f):
     """Adds the stage's seconds and tokens to each sample's "cost", in equal shares; without samples, does nothing.
 
-    Tokens are forward equivalents, padding included. One with a backward pass counts twice, not three times: the
-    base is frozen, so no gradients of its weights are computed.
-    """
+    Tokens are forward equivalents, padding included. One with a backward pass counts twice: no gradients of the
+    frozen weights are computed."""
     @functools.wraps(f)
     def stage(model, tok, xs, *args, name=f.__name__, **kw):
         if not xs:
@@ -369,22 +359,21 @@ def score(model, tok, xs, past, cfg):
     """H. -> for each sample its N log-probabilities log P(a_n | x), in the order of x["names"].
 
     Summed from the first token of the name through the one that holds the closing quote: without a terminator, a
-    name that begins another one could never lose to it.
-    """
+    name that begins another one could never lose to it."""
     rows, begin = zip(*(name_tokens(tok, x["prompt"], '{"name": ', name) for x in xs for name in x["names"]))
     n = [len(row) - b for row, b in zip(rows, begin)]
     logp = token_logprobs(model, rows, n, past, [x["slot"] for x in xs for _ in x["names"]]).sum(1).tolist()
     flat = iter(logp if cfg.score == "sum" else [l / tokens for l, tokens in zip(logp, n)])
     return [[next(flat) for _ in x["names"]] for x in xs]
 
+def softmax(logp):
+    return torch.tensor(logp, dtype=torch.float64).softmax(0).tolist()
+
 # FORK HERE: another uncertainty, e.g. 1 - entropy / log N instead of the margin. Below tau means uncertain.
 def certainty(logp):
     """Relative Softmax Scoring: margin u = p(1) - p(2) of p = softmax(l). One candidate has no runner-up: 1 [ours]."""
     p = sorted(softmax(logp), reverse=True)
     return p[0] - p[1] if len(p) > 1 else 1.0
-
-def softmax(logp):
-    return torch.tensor(logp, dtype=torch.float64).softmax(0).tolist()
 
 # ---------------------------------------------------------------------------------------------- G: self-data
 @metered
@@ -462,8 +451,8 @@ def closest(request, pairs):
     """Pairs by the words that they share with the request, most first; a word rare among the pairs weighs more."""
     bags = [set(words(p["request"])) for p in pairs]
     weight = {w: math.log((len(bags) + 1) / (sum(w in bag for bag in bags) + 1)) for w in words(request)}
-    overlap = [sum(v for w, v in weight.items() if w in bag) for bag in bags]
-    return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: -overlap[i])]  # stable: ties stay in order
+    overlap = lambda pair: sum(v for w, v in weight.items() if w in words(pair["request"]))
+    return sorted(pairs, key=overlap, reverse=True)  # stable: ties stay in order
 
 # ---------------------------------------------------------------------------------------------- T: self-improvement
 # FORK HERE: another adapter. `fresh` makes the parameters of one layer for b samples, `delta` is what they add to y.
@@ -477,8 +466,7 @@ def delta(x, parameters, cfg):
     """(b, tokens, d_in) -> (b, tokens, d_out)
 
         x --+-- W, frozen ------------------------------+--> y
-            '-- A (d_in, r) -- B (r, d_out) -- alpha/r -'
-    """
+            '-- A (d_in, r) -- B (r, d_out) -- alpha/r -'"""
     A, B = parameters
     return cfg.lora_alpha / cfg.lora_rank * (x @ A @ B)
 
@@ -491,8 +479,7 @@ def linear_layers(model):
 def adapters(model, xs, cfg):
     """One temporary adapter for each of b samples on every linear layer; leaving the block is the reset.
 
-    Adapter i acts on the i-th of b equal groups of rows. The base is never written: there is nothing to restore.
-    """
+    Adapter i acts on the i-th of b equal groups of rows. The base is never written: there is nothing to restore."""
     generators, theta, hooks = [draw(cfg.seed, x["id"], "adapter") for x in xs], [], []
     try:
         for layer in linear_layers(model) if xs else []:
@@ -513,8 +500,7 @@ def train(model, tok, xs, theta, past, cfg):
     """T. Trains adapter i on x_i's pairs, in place -> for each sample its losses, one a step.
 
     The loss is a SUM over samples, so each adapter gets exactly the gradient that it would get alone; a sample's is
-    the mean over its pairs of the mean over the answer's tokens. Missing pairs are padded with weight 0.
-    """
+    the mean over its pairs of the mean over the answer's tokens. Missing pairs are padded with weight 0."""
     K = max(len(x["pairs"]) for x in xs)
     rows, n, weight, owner = [], [], [], []
     for x in xs:
@@ -554,8 +540,7 @@ def sgd(theta, lr):
 def tt_si(model, tok, samples, cfg, pairs=None):
     """Algorithm 1 for b independent samples at once -> their rows, in order. b = 1 is the paper, literally.
 
-    pairs: {id: [{request, call}]} to take instead of G. No label is read: `prepare` leaves it behind.
-    """
+    pairs: {id: [{request, call}]} to take instead of G. No label is read: `prepare` leaves it behind."""
     rows = [prepare(model, tok, s, cfg) for s in samples]
     xs = [x for x in rows if not x["error"]]
     note(xs, slot=range(len(xs)))
@@ -617,11 +602,9 @@ def grade(text, sample):
             all(key in given or "" in values for key, values in accept.items())
     return {"name": name, "call": right}
 
-ROW = ("id", "error", "margin", "drafts", "pairs", "loss", "direct", "adapted", "cost")
-
 def finish(x, sample, cfg):
     """What Algorithm 1 left of a sample -> its row: what is needed to check each decision by hand, and the grades."""
-    row = {key: x[key] for key in ROW if key in x}
+    row = {key: x[key] for key in "id error margin drafts pairs loss direct adapted cost".split() if key in x}
     for key, name in (("logp", "candidates"), ("after", "candidates_after")):
         if key in x:
             row[name] = [{"name": a, "logp": l, "p": p} for a, l, p in zip(x["names"], x[key], softmax(x[key]))]
@@ -770,10 +753,9 @@ def run(cfg):
     settings["data_sha256"] = hashlib.sha256(Path(cfg.data).read_bytes()).hexdigest()
     out, rows = resume(cfg, settings, batches) if cfg.output else (None, [])
     model, tok = load(cfg)
-    layers = linear_layers(model)
-    numbers = sum(p.numel() for layer in layers for p in fresh(layer, [torch.Generator()], cfg))
+    sizes = [sum(p.numel() for p in fresh(layer, [torch.Generator()], cfg)) for layer in linear_layers(model)]
     print(f"{len(samples)} samples of {cfg.data}\n{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters,"
-          f" {model.dtype}, {model.device}\nan adapter: {numbers / 1e6:.2f} M on {len(layers)} layers\n", flush=True)
+          f" {model.dtype}, {model.device}\nan adapter: {sum(sizes) / 1e6:.2f} M on {len(sizes)} layers\n", flush=True)
     for batch in tqdm(batches[math.ceil(len(rows) / size):], unit="batch", disable=bool(cfg.trace)):
         xs = tt_si(model, tok, batch, cfg, pairs)
         rows += [finish(x, s, cfg) for x, s in zip(xs, batch)]
