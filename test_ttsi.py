@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig,
+                          LlamaForCausalLM, MistralConfig, MistralForCausalLM)
 
 import ttsi
 
@@ -62,9 +63,11 @@ def tiny(tok, kind=LlamaForCausalLM):
     if kind is GPT2LMHeadModel:
         conf = GPT2Config(vocab_size=len(tok), n_embd=32, n_layer=2, n_head=2, n_positions=2048)
     else:
-        conf = LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                           num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                           eos_token_id=tok.eos_token_id, bos_token_id=None)
+        window = {"sliding_window": 16} if kind is not LlamaForCausalLM else {}
+        make = {LlamaForCausalLM: LlamaConfig, MistralForCausalLM: MistralConfig, Gemma2ForCausalLM: Gemma2Config}[kind]
+        conf = make(vocab_size=len(tok), hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                    eos_token_id=tok.eos_token_id, bos_token_id=None, **window)
     model = kind(conf).eval().requires_grad_(False)
     for p in model.parameters():
         p.mul_(6 if p.dim() > 1 else 1)
@@ -175,7 +178,7 @@ def test_forward_leaves_the_past_as_it_was(llama, tok):
 
 @pytest.mark.parametrize("text,value", [
     ('{"a": 1}', {"a": 1}), ('Sure! {"a": {"b": "}"}} and more {', {"a": {"b": "}"}}), ("", None), ("{" * 5000, None),
-    ('{"a": NaN}', None), ('{"a": "\\ud800"}', None), ('{"a": ' + "[" * 9000 + "]" * 9000 + "}", None), ("[1]", None)])
+    ('{"a": NaN}', None), ('{"a": 1e999}', None), ('{"a": "\\ud800"}', None), ('{"a": ' + "[" * 9000 + "]" * 9000 + "}", None), ("[1]", None)])
 def test_model_output_is_data(text, value):
     assert ttsi.parse(text) == value
 
@@ -333,7 +336,7 @@ def test_generation_stops_at_k_and_counts_every_rejection(llama, tok, monkeypatc
 def test_a_supplied_copy_of_the_request_is_refused_even_unchecked(llama, tok):
     xs = prepared(llama, tok, config())
     copy_ = {"b": [{"request": "Cancel my flight to Rome would you please", "call": SAMPLES[1]["call"]}] + PAIRS["b"]}
-    drafts = ttsi.supplied(xs, copy_, config(check=False))[1]
+    drafts = ttsi.supplied(tok, xs, copy_, config(check=False))[1]
     assert [d["verdict"] for d in drafts] == ["copy of the request", "kept"]
 
 
@@ -436,6 +439,61 @@ def test_candidate_order_is_a_function_of_seed_and_names(llama, tok):
     assert len({tuple(names(SAMPLES[0], seed=s)) for s in range(20)}) > 3
 
 
+@pytest.mark.parametrize("kind", [MistralForCausalLM, Gemma2ForCausalLM])
+def test_a_sliding_window_sees_no_padding(tok, kind):
+    model = tiny(tok, kind)
+    rows = ttsi.tt_si(model, tok, SAMPLES[:2], config(tau=2.0, k=2, check=False, adapt="full", lr=0.5, epochs=3), PAIRS)
+    for x in rows:
+        for name, got in zip(x["names"], x["logp"]):  # one candidate at a time, with its whole prompt, unpadded
+            ids, begin = ttsi.name_tokens(tok, x["prompt"], '{"name": ', name)
+            logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            assert got == pytest.approx(sum(logp[t - 1, ids[t]].item() for t in range(begin, len(ids))), abs=2e-3)
+        A = [p[0] for p in theta_of(model, x, config())[::2]]
+        losses, _ = naive_train(model, tok, x, config(adapt="full", lr=0.5, epochs=3), A)
+        assert x["loss"] == pytest.approx(losses, rel=1e-3)
+
+
+def theta_of(model, x, cfg):
+    with ttsi.adapters(model, [x], cfg) as theta:
+        return [p.detach().clone() for p in theta]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base_with_float32_adapters(tok, dtype):
+    model = tiny(tok).to(dtype)
+    with ttsi.adapters(model, prepared(model, tok, config())[:2], config()) as theta:
+        assert {p.dtype for p in theta} == {torch.float32}
+    rows = ttsi.tt_si(model, tok, SAMPLES, config(tau=2.0, k=2, check=False, epochs=4, lr=0.5), PAIRS)
+    full = ttsi.tt_si(tiny(tok), tok, SAMPLES, config(tau=2.0, k=2, check=False, epochs=4, lr=0.5), PAIRS)
+    for a, b in zip(rows, full):
+        assert a["logp"] == pytest.approx(b["logp"], rel=0.1, abs=0.5)
+        assert "loss" not in a or a["loss"] == pytest.approx(b["loss"], rel=0.15) and a["loss"][-1] < a["loss"][0]
+
+
+def test_only_k_pairs_are_trained_on_and_the_closest(llama, tok):
+    three = {"b": [{"request": r, "call": PAIRS["b"][0]["call"]} for r in ("pay", "cancel my trip to Rome", "book")]}
+    x = ttsi.tt_si(llama, tok, SAMPLES[1:2], config(tau=2.0, k=1, check=False), three)[0]
+    assert [p["request"] for p in x["pairs"]] == ["cancel my trip to Rome"] and len(x["drafts"]) == 3
+
+
+def test_drafts_are_drawn_by_seed_sample_and_number(llama, tok, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(ttsi, "decode", lambda m, t, rows, s, l, p, o, temperature, u: drawn.append(u) or ["junk"] * len(rows))
+    for seed in (0, 0, 1):
+        ttsi.generate(llama, tok, prepared(llama, tok, config())[:2], None, config(drafts=2, attempts=2, seed=seed))
+    first, again, other = torch.cat(drawn[:2]), torch.cat(drawn[2:4]), torch.cat(drawn[4:])
+    assert torch.equal(first, again) and len({*map(tuple, first.tolist()), *map(tuple, other.tolist())}) == 16
+
+
+def test_any_end_token_stops_an_answer(llama, tok, monkeypatch):
+    x = prepared(llama, tok, config())[1]
+    first = ttsi.answer(llama, tok, [dict(x, slot=0)], None, config())[0]
+    ids = tok(first, add_special_tokens=False).input_ids
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", [tok.eos_token_id, ids[2]])
+    short = ttsi.answer(llama, tok, [dict(x, slot=0)], None, config())[0]
+    assert first.startswith(short) and len(short) < len(first)
+
+
 # ------------------------------------------------------------------------------------------------ scoring
 
 @pytest.mark.parametrize("text,gold,accept,name,call", [
@@ -452,6 +510,24 @@ def test_candidate_order_is_a_function_of_seed_and_names(llama, tok):
 def test_grade(text, gold, accept, name, call):
     sample = {"call": {"name": "f", "arguments": gold}, **({"accept": accept} if accept else {})}
     assert ttsi.grade(text, sample) == {"name": name, "call": call}
+
+
+def test_summary_by_hand():
+    row = lambda i, direct, ttsi_, first, cost, **more: {"id": i, "error": "", "cost": cost, "scores": {
+        "direct": {"name": direct, "call": direct}, "ttsi": {"name": ttsi_, "call": ttsi_}, "first": first}, **more}
+    base = {"prefill": (1.0, 10), "score": (0.5, 5), "direct": (1.0, 10)}
+    rows = [row("a", False, True, True, base | {"train": (4.0, 40), "answer": (2.0, 20), "trace": (9.0, 9)}, adapted="",
+                drafts=[{"verdict": "kept"}, {"verdict": "wrong type"}]),
+            row("b", True, True, False, base), row("c", True, False, False, base | {"train": (2.0, 20)}, adapted=""),
+            dict(row("d", False, False, False, {}), error="too long")]
+    s = ttsi.summarise(rows)
+    assert (s["n"], s["labelled"], s["adapted"], s["wins"], s["losses"], s["difference"]) == (4, 4, 2, 1, 1, 0.0)
+    assert s["always_first"] == 25.0 and s["direct"]["call"] == s["ttsi"]["call"] == 50.0
+    assert s["direct"]["seconds"] == 2.0 and s["direct"]["tokens"] == 20, "over those that were answered"
+    assert s["ttsi"]["seconds"] == pytest.approx((7.5 + 2.5 + 3.5) / 3), "without the answers made for comparison, or a trace"
+    assert s["verdicts"] == {"kept": 1, "wrong type": 1} and s["failed"] == {"d": "too long"}
+    text = ttsi.table(s, ttsi.Config())
+    assert "+0.0 [" in text and "2/4" in text and "counted as wrong: d: too long" in text and "(2.2x)" in text
 
 
 def test_interval():
@@ -519,7 +595,7 @@ def test_every_bad_line_is_named(tmp_path, line, complaint):
     (["--model", "/no/such"], "--model /no/such: cannot be loaded"), (["--data", "/no/such"], "/no/such: cannot be read"),
     (["--k", "0"], "--k 0: must be"), (["--tau", "nan"], "--tau nan: must be"), (["--select", "some"], "invalid choice"),
     (["--lora_rank", "x"], "invalid int"), (["--nonsense"], "unrecognized"), (["--trace", "zzz"], "no sample has the id zzz"),
-    (["--output", "/proc/x/y.jsonl"], "--output /proc/x/y.jsonl: cannot be used"), (["--device", "abacus"], "cannot be loaded on abacus")])
+    (["--output", "/"], "--output /: cannot be used"), (["--output", "/proc/x/y.jsonl"], "--output /proc/x/y.jsonl: cannot be used"), (["--device", "abacus"], "cannot be loaded on abacus")])
 def test_bad_flags_end_in_one_line_and_exit_code_2(argv, complaint):
     done = subprocess.run([sys.executable, str(HERE / "ttsi.py"), *argv], capture_output=True, text=True,
                           env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=120)
@@ -563,7 +639,12 @@ def test_output_resumes_after_any_cut_and_refuses_other_settings(tmp_path):
         assert path.read_bytes()[:kept] == raw[:kept], "finished batches were done again"
     with pytest.raises(ttsi.InputError, match="begun with tau = 0.95, not 0.5"):
         quiet(*SHORT, "--output", path, "--tau", 0.5)
+    with pytest.raises(ttsi.InputError, match="--trace"):
+        quiet(*SHORT, "--output", path, "--trace", "demo-050")
     assert path.read_bytes()[:ends[2]] == raw[:ends[2]], "a refused run must not touch the file"
+    path.write_bytes(raw[ends[0]:] + b'{"foo": 1}\n')
+    with pytest.raises(ttsi.InputError, match="its rows are not those of"):
+        quiet(*SHORT, "--output", path)
 
 
 def test_a_row_lets_a_reader_check_the_decision(tmp_path):
@@ -577,8 +658,19 @@ def test_a_row_lets_a_reader_check_the_decision(tmp_path):
         assert row["call"] == ttsi.parse(row.get("adapted", row["direct"]))
 
 
-def test_trace_tells_the_whole_story():
-    _, text = quiet("--trace", "demo-003", "--select", "all", "--attempts", 2)
+def test_trace_tells_the_whole_story(tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"id": "demo-003", "pairs": [{"request": "another one", "call": {"name": "f", "arguments": "{}"}}]}))
+    _, text = quiet("--trace", "demo-003", "--select", "all", "--pairs", pairs, "--no-check")
+    parts = ["-- The prompt", "<|user|>", "-- H:", "log P", "adapted", "tau 0.95", "-- G:", "<|user|>", "-> kept", "-- T:",
+             "another one", "step 5: loss", "log P", "-- The answer", "before:", "after:", "-- The label", "before:", "after:"]
+    for part in parts:
+        assert part in text, f"{part} is missing, or out of the algorithm's order; the label comes last"
+        text = text[text.index(part) + len(part):]
+
+
+def test_trace_without_a_pair():
+    _, text = quiet("--trace", "demo-003", "--select", "all", "--attempts", 1, "--max-new-tokens", 5)
     parts = ["-- The prompt", "<|user|>", "-- H:", "log P", "tau 0.95", "-- G:", "-> ", "-- The answer", "before:", "after:", "-- The label"]
     places = [text.index(p) for p in parts]
     assert places == sorted(places), "the steps come in the algorithm's order, the label last"
@@ -647,7 +739,7 @@ FILES = ["seal-tools/canonical_294.jsonl", "toolalpaca/canonical_real.jsonl", "b
 def gold_pairs(path, target):
     """The next item's request and call as the pair of each: only to exercise T, of no other use."""
     samples = list(ttsi.read_jsonl(path, ttsi.to_sample).values())
-    rows = [{"id": s["id"], "pairs": [{"request": ttsi.user_text(o["messages"]), "call": o["call"]}]}
+    rows = [{"id": s["id"], "pairs": [{"request": "Again: " + ttsi.user_text(o["messages"]), "call": o["call"]}]}
             for s, o in zip(samples, samples[1:] + samples[:1])]
     target.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return len(samples)
@@ -661,4 +753,4 @@ def test_real_data_goes_through(name, tmp_path):
     summary, text = quiet("--data", BENCHMARKS / name, "--pairs", tmp_path / "pairs.jsonl", "--no-check", "--batch-size", 4,
                           "--max-new-tokens", 24, "--epochs", 1, "--select", "all", *few)
     assert summary["labelled"] == summary["n"] == (n if not few else 3)
-    assert summary["adapted"] + len(summary["failed"]) >= summary["n"] - 1 and not (name == FILES[0] and summary["failed"])
+    assert summary["adapted"] + len(summary["failed"]) == summary["n"] and not (name == FILES[0] and summary["failed"])

@@ -60,9 +60,8 @@ class Config:
     select: str = flag("uncertain", "samples to adapt [paper, with controls]", ("uncertain", "certain", "all"))
     # G
     k: int = flag(1, "pairs to train on [paper]", 1)
-    drafts: int = flag(1, "drafts written at once; of those that pass, the k closest to the request stay [ours]", 1)
+    drafts: int = flag(1, "drafts written at once, at least k; of those that pass, the k closest to the request stay [ours]", 1)
     attempts: int = flag(4, "times that drafts are written, until k pass [ours; paper: 1]", 1)
-    cover: bool = flag(False, "the drafts' tools are those on offer in turn, not the model's choice [ours]")
     temperature: float = flag(1.0, "of the drafts; answers are greedy [ours]", 0.0)
     check: bool = flag(True, "only drafts that pass the label-free checks are kept [ours]")
     max_new_tokens: int = flag(256, "at most, in a draft or an answer [ours]", 1)
@@ -74,7 +73,7 @@ class Config:
     epochs: int = flag(5, "steps, each on all k pairs [paper: 5, k = 1]", 0)
     adapt: str = flag("suffix", "the adapter acts behind the tools [ours], or everywhere [paper]", ("suffix", "full"))
 
-PAPER = dict(tau=0.95, score="sum", select="uncertain", k=1, drafts=1, attempts=1, cover=False, check=False,
+PAPER = dict(tau=0.95, score="sum", select="uncertain", k=1, drafts=1, attempts=1, check=False,
              lora_rank=8, lora_alpha=16.0, optimizer="adamw", lr=1e-4, epochs=5, adapt="full")
 
 # ---------------------------------------------------------------------------------------------- data
@@ -88,13 +87,13 @@ def need(ok, message):
 DECODER = json.JSONDecoder(parse_constant=lambda name: need(False, f"{name} is not JSON"))
 
 def dumps(value):
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
-def loads(text):
-    """One JSON object, or a ValueError."""
+def loads(text, decode=DECODER.decode):
+    """One JSON object, or a ValueError. No lone surrogates, which no tokenizer takes; no 1e999, which is infinite."""
     try:
-        value = DECODER.decode(text)
-        dumps(value).encode()  # refuses lone surrogates, which no tokenizer takes
+        value = decode(text)
+        dumps(value).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
     need(isinstance(value, dict), f"found a {type(value).__name__}")
@@ -103,8 +102,8 @@ def loads(text):
 def parse(text):
     """The JSON object that begins at the first brace of a model's text, or None. Model output is untrusted data."""
     try:
-        return loads(text[text.index("{"):DECODER.raw_decode(text, text.index("{"))[1]])
-    except (ValueError, RecursionError):
+        return loads(text, lambda text: DECODER.raw_decode(text, text.index("{"))[0])
+    except ValueError:
         return None
 
 def fits(value, shape):
@@ -121,6 +120,10 @@ def fits(value, shape):
 MESSAGES = [{"role": str, "content?": str, "tool_calls?": [dict]}]
 TOOL = {"name": str, "description?": str, "parameters?": {"properties?": {...: dict}, "required?": [str]}}
 CALL = {"name": str, "arguments": dict}
+
+def to_call(call):
+    """Arguments may come as a JSON string."""
+    return dict(call, arguments=loads(call["arguments"])) if fits(call, {"arguments": str}) else call
 
 def read_jsonl(path, check):
     """{id: check(object)} of all lines; one InputError names every line that is refused. The id may be left out."""
@@ -157,9 +160,7 @@ def to_sample(record):
     need(len(set(names)) == len(names), f"a tool is offered twice; names must differ: {names}")
     sample = {"id": record["id"], "messages": messages, "tools": tools}
     if record.get("call") is not None:
-        call = sample["call"] = record["call"]
-        if fits(call, {"name": str, "arguments": str}):
-            call["arguments"] = loads(call["arguments"])
+        call = sample["call"] = to_call(record["call"])
         need(fits(call, CALL), '"call" must be {"name": "...", "arguments": {...}}')
         need(call["name"] in names, f'"call" names {dumps(call["name"])}, which is not among the tools {names}')
     if record.get("accept") is not None:
@@ -170,7 +171,7 @@ def to_sample(record):
 def to_pairs(record):
     """{id, pairs: [{request, call}]} -> pairs; the rows of a run's own --output are such records."""
     need(fits(record, {"pairs?": [dict]}), 'give {"id": ..., "pairs": [{"request": "...", "call": {...}}]}')
-    return record.get("pairs") or []
+    return [dict(p, call=to_call(p.get("call"))) for p in record.get("pairs") or []]
 
 # ---------------------------------------------------------------------------------------------- prompts
 SYSTEM = ('Answer the request with one tool call, a JSON object {"name": ..., "arguments": {...}} and nothing else.'
@@ -206,7 +207,7 @@ def render(tok, system, user):
         except Exception as e:  # jinja2's own, raised by some templates on a system role
             error = e
             continue
-        if system in text and user in text:  # some drop a system message silently
+        if system in text and user in text.replace(system, "", 1):  # some drop a system message silently
             return text, text.index(system) + len(system)
         error = "it drops the system or the user message"
     raise InputError(f"the model's chat template cannot hold a system and a user message ({error})")
@@ -224,6 +225,11 @@ def name_tokens(tok, prompt, opening, name):
     ids, begin, quote = encode(tok, text + ', "arguments"', len(prompt + opening) + 1, len(text) - 1)
     return ids[:quote + 1], begin
 
+def pair_tokens(tok, x, pair):
+    """-> (ids of the prompt for the pair's request and of the answer that is its call, first token of the answer)."""
+    prompt, _ = render(tok, x["system"], pair["request"])
+    return encode(tok, prompt + dumps(pair["call"]), len(prompt))
+
 def draw(*key):
     """A torch generator seeded by `key` alone: no draw depends on order, batch, resume or shard."""
     digest = hashlib.sha256(json.dumps(key).encode()).digest()
@@ -240,9 +246,9 @@ def prepare(model, tok, sample, cfg):
          "names": [t["name"] for t in tools], "labelled": "call" in sample, "cost": {}, "error": ""}
     x["prompt"], head = render(tok, x["system"], x["request"])
     x["ids"], x["head"] = encode(tok, x["prompt"], head)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    x["room"] = context - cfg.max_new_tokens
-    if len(x["ids"]) > x["room"]:
+    x["candidates"] = [name_tokens(tok, x["prompt"], '{"name": ', name) for name in x["names"]]
+    context = x["context"] = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if max(len(x["ids"]) + cfg.max_new_tokens, *(len(ids) for ids, _ in x["candidates"])) > context:
         x["error"] = f'{len(x["ids"])} tokens of prompt and {cfg.max_new_tokens} new ones exceed the context of {context}'
     return x
 
@@ -277,12 +283,19 @@ def forward(model, rows, past=None, owner=None, keep=1):
                 use_cache=cache is not None or not torch.is_grad_enabled())
     return out.logits, Past(list(rows), out.past_key_values, mask)
 
+def windowed(model):
+    """Does a layer see a window of slots only? Padding would then push real tokens out of it."""
+    return any(layer.is_sliding for layer in transformers.DynamicCache(config=model.config).layers)
+
 def token_logprobs(model, rows, n, past=None, owner=None):
     """(R, L) log-probability of the last n[j] tokens of row j, L = max(n); right-aligned, 0 elsewhere.
 
         tokens    t0    t1    t2    t3       the logits at one position
         logits    '---> '---> '---> '        predict the token at the next"""
     L = max(n)
+    if windowed(model) and len(rows) > 1:  # one by one, unpadded
+        each = [token_logprobs(model, [r], [k], past, owner and [o]) for r, k, o in zip(rows, n, owner or rows)]
+        return torch.cat([torch.nn.functional.pad(logp, (L - logp.shape[1], 0)) for logp in each])
     logits = forward(model, rows, past, owner, keep=L + 1)[0][:, :-1]  # (R, L, V)
     target = torch.tensor([([0] * L + row)[-L:] for row in rows], device=logits.device)
     logp = logits.float().log_softmax(-1).gather(-1, target[..., None])[..., 0]
@@ -360,7 +373,7 @@ def score(model, tok, xs, past, cfg):
 
     Summed from the first token of the name through the one that holds the closing quote: without a terminator, a
     name that begins another one could never lose to it."""
-    rows, begin = zip(*(name_tokens(tok, x["prompt"], '{"name": ', name) for x in xs for name in x["names"]))
+    rows, begin = zip(*(candidate for x in xs for candidate in x["candidates"]))
     n = [len(row) - b for row, b in zip(rows, begin)]
     logp = token_logprobs(model, rows, n, past, [x["slot"] for x in xs for _ in x["names"]]).sum(1).tolist()
     flat = iter(logp if cfg.score == "sum" else [l / tokens for l, tokens in zip(logp, n)])
@@ -379,43 +392,47 @@ def certainty(logp):
 @metered
 def generate(model, tok, xs, past, cfg):
     """G. The model writes drafts, up to `attempts` times, until K pass -> for each sample [{text, verdict, pair}]."""
-    drafts = [[] for _ in xs]
-    for attempt in range(cfg.attempts):
-        rows, start, uniform, owner = [], [], [], []
+    drafts, prompts = [[] for _ in xs], []
+    for x in xs:
+        prompt, _ = render(tok, x["system"], DRAFT + x["request"])
+        prompts.append(encode(tok, prompt, len(prompt)))
+    for _ in range(cfg.attempts):
+        rows, uniform, owner = [], [], []
         for i, x in enumerate(xs):
-            prompt, _ = render(tok, x["system"], DRAFT + x["request"])
-            ids, begin = encode(tok, prompt, len(prompt))
-            missing = sum(d["pair"] is not None for d in drafts[i]) < cfg.k and len(ids) <= x["room"]
-            for d in range(attempt * cfg.drafts, (attempt + missing) * cfg.drafts):
-                name = x["names"][d % len(x["names"])]
-                rows.append(name_tokens(tok, prompt, '{"call": {"name": ', name)[0] if cfg.cover else ids)
-                start.append(begin)
-                uniform.append(torch.rand(cfg.max_new_tokens, generator=draw(cfg.seed, x["id"], "draft", d)))
-                owner.append(i)
+            missing = cfg.k - sum(d["pair"] is not None for d in drafts[i])
+            if len(prompts[i][0]) + cfg.max_new_tokens > x["context"]:
+                drafts[i] = [{"text": "", "verdict": "the prompt for drafts exceeds the context", "pair": None}]
+            elif missing > 0:
+                for d in range(len(drafts[i]), len(drafts[i]) + max(cfg.drafts, missing)):
+                    rows.append(prompts[i][0])
+                    uniform.append(torch.rand(cfg.max_new_tokens, generator=draw(cfg.seed, x["id"], "draft", d)))
+                    owner.append(i)
         if not rows:
             break
-        texts = decode(model, tok, rows, start, cfg.max_new_tokens, past, [xs[i]["slot"] for i in owner],
-                       cfg.temperature, torch.stack(uniform))
+        texts = decode(model, tok, rows, [prompts[i][1] for i in owner], cfg.max_new_tokens, past,
+                       [xs[i]["slot"] for i in owner], cfg.temperature, torch.stack(uniform))
         for i, text in zip(owner, texts):
-            drafts[i].append(judge(parse(text), text, xs[i], drafts[i], cfg))
+            drafts[i].append(judge(tok, parse(text), text, xs[i], drafts[i], cfg))
     return drafts
 
-def supplied(xs, pairs, cfg):
+def supplied(tok, xs, pairs, cfg):
     """In place of G: drafts out of a file. A copy of the sample's own request is refused, checks or no checks."""
     drafts = [[] for _ in xs]
     for x, mine in zip(xs, drafts):
         for pair in pairs.get(x["id"], []):
-            mine.append(judge(pair, dumps(pair), x, mine, cfg))
+            mine.append(judge(tok, pair, dumps(pair), x, mine, cfg))
             if words(str(pair.get("request"))) == words(x["request"]):
                 mine[-1].update(verdict="copy of the request", pair=None)
     return drafts
 
-def judge(draft, text, x, before, cfg):
+def judge(tok, draft, text, x, before, cfg):
     """One draft, parsed -> {text, verdict, pair or None}. Unchecked, all that it needs are a request and a call."""
     if not fits(draft, {"request": str, "call": CALL}) or not draft["request"].strip():
         return {"text": text, "verdict": "no JSON object with a request and a call", "pair": None}
     pair = {"request": draft["request"].strip(), "call": {key: draft["call"][key] for key in CALL}}
     wrong = check(pair, x, [d["pair"] for d in before if d["pair"]]) if cfg.check else ""
+    if len(pair_tokens(tok, x, pair)[0]) > x["context"]:
+        wrong = "exceeds the context"
     return {"text": text, "verdict": wrong or "kept", "pair": None if wrong else pair}
 
 TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
@@ -451,8 +468,8 @@ def closest(request, pairs):
     """Pairs by the words that they share with the request, most first; a word rare among the pairs weighs more."""
     bags = [set(words(p["request"])) for p in pairs]
     weight = {w: math.log((len(bags) + 1) / (sum(w in bag for bag in bags) + 1)) for w in words(request)}
-    overlap = lambda pair: sum(v for w, v in weight.items() if w in words(pair["request"]))
-    return sorted(pairs, key=overlap, reverse=True)  # stable: ties stay in order
+    overlap = [sum(v for w, v in weight.items() if w in bag) for bag in bags]
+    return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: -overlap[i])]  # stable: ties stay in order
 
 # ---------------------------------------------------------------------------------------------- T: self-improvement
 # FORK HERE: another adapter. `fresh` makes the parameters of one layer for b samples, `delta` is what they add to y.
@@ -496,6 +513,7 @@ def adapters(model, xs, cfg):
             hook.remove()
 
 @metered
+@torch.enable_grad()
 def train(model, tok, xs, theta, past, cfg):
     """T. Trains adapter i on x_i's pairs, in place -> for each sample its losses, one a step.
 
@@ -505,8 +523,7 @@ def train(model, tok, xs, theta, past, cfg):
     rows, n, weight, owner = [], [], [], []
     for x in xs:
         for pair in (x["pairs"] + [None] * K)[:K]:
-            prompt, _ = render(tok, x["system"], pair["request"] if pair else x["request"])
-            ids, begin = encode(tok, prompt + (dumps(pair["call"]) if pair else "{}"), len(prompt))
+            ids, begin = pair_tokens(tok, x, pair or {"request": x["request"], "call": {}})
             rows.append(ids)
             n.append(len(ids) - begin)
             weight.append(1 / n[-1] / len(x["pairs"]) if pair else 0.0)
@@ -541,6 +558,8 @@ def tt_si(model, tok, samples, cfg, pairs=None):
     """Algorithm 1 for b independent samples at once -> their rows, in order. b = 1 is the paper, literally.
 
     pairs: {id: [{request, call}]} to take instead of G. No label is read: `prepare` leaves it behind."""
+    if len(samples) > 1 and windowed(model):
+        return [row for s in samples for row in tt_si(model, tok, [s], cfg, pairs)]
     rows = [prepare(model, tok, s, cfg) for s in samples]
     xs = [x for x in rows if not x["error"]]
     note(xs, slot=range(len(xs)))
@@ -551,7 +570,7 @@ def tt_si(model, tok, samples, cfg, pairs=None):
     note(xs, margin=[certainty(x["logp"]) for x in xs])                             #    u = p(1) - p(2)
     chosen = [x for x in xs if gate(x, cfg)]                                        #    u < tau: uncertain
 
-    note(chosen, drafts=supplied(chosen, pairs, cfg) if pairs is not None           # G  (x', y') ~ P( . | x)
+    note(chosen, drafts=supplied(tok, chosen, pairs, cfg) if pairs is not None           # G  (x', y') ~ P( . | x)
          else generate(model, tok, chosen, tools, cfg))
     for x in chosen:
         x["pairs"] = closest(x["request"], [d["pair"] for d in x["drafts"] if d["pair"]])[:cfg.k]
@@ -615,7 +634,7 @@ def finish(x, sample, cfg):
     if "call" in sample:
         row["scores"] = {"direct": grade(x.get("direct"), sample), "ttsi": grade(row["answer"], sample),
                          "first": sample["tools"][0]["name"] == sample["call"]["name"]}
-    return row
+    return json.loads(json.dumps(row), parse_constant=lambda name: None)  # a loss that is not finite becomes null
 
 def interval(differences, resamples=10_000, seed=0):
     """Paired bootstrap over items: the 2.5 and 97.5 % quantiles of the mean difference."""
@@ -627,17 +646,18 @@ def summarise(rows):
     """-> counts, cost per sample, accuracies in percent over ALL labelled samples, and their paired difference."""
     scored = [r["scores"] for r in rows if "scores" in r]
     verdicts = [d["verdict"] for r in rows for d in r.get("drafts", [])]
-    both = [r["cost"] for r in rows if "direct" in r["cost"]]
-    out = {"n": len(rows), "labelled": len(scored), "adapted": sum("adapted" in r for r in rows),
+    answered = [r for r in rows if not r["error"]]
+    both = [r["cost"] for r in answered if "direct" in r["cost"]]
+    out = {"n": len(rows), "answered": len(answered), "compared": len(both), "labelled": len(scored), "adapted": sum("adapted" in r for r in rows),
            "one_candidate": sum(len(r.get("candidates", [])) == 1 for r in rows),
            "failed": {r["id"]: r["error"] for r in rows if r["error"]},
            "verdicts": {v: verdicts.count(v) for v in sorted(set(verdicts))}, "stages": {}, "direct": {}, "ttsi": {}}
-    for stage in sorted({s for r in rows for s in r["cost"]}):
-        out["stages"][stage] = [sum(r["cost"].get(stage, (0, 0))[i] for r in rows) / len(rows) for i in (0, 1)]
+    for stage in sorted({s for r in answered for s in r["cost"]}):
+        out["stages"][stage] = [sum(r["cost"].get(stage, (0, 0))[i] for r in answered) / len(answered) for i in (0, 1)]
     for i, unit in enumerate(("seconds", "tokens")):  # the direct answer of an adapted sample is for comparison only
         out["direct"][unit] = sum(c["prefill"][i] + c["direct"][i] for c in both) / max(1, len(both))
-        out["ttsi"][unit] = sum(c[i] for r in rows for s, c in r["cost"].items()
-                                if s != "trace" and (s != "direct" or "adapted" not in r)) / len(rows)
+        out["ttsi"][unit] = sum(c[i] for r in answered for s, c in r["cost"].items() if s != "trace" and (
+            s != "direct" or "adapted" not in r)) / max(1, len(answered))
     if scored:
         percent = lambda values: 100 * sum(values) / len(scored)
         for side in ("direct", "ttsi"):
@@ -651,28 +671,28 @@ def table(s, cfg):
     """The summary for people."""
     line = "{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format
     lines = [line("", "name", "call", "difference [95 %]", "wins", "losses", "adapted", "s/sample", "tokens/sample")]
+    scores, change = {"direct": ["", ""], "ttsi": ["", ""]}, [""] * 3
     if s["labelled"]:
         lines.append(line("always first", f'{s["always_first"]:.1f}', *[""] * 7))
-    for label, side in (("direct", "direct"), ("TT-SI", "ttsi")):
-        cells = [label, *(f"{s[side][kind]:.1f}" if s["labelled"] else "" for kind in ("name", "call")), "", "", "", ""]
-        if side == "ttsi":
-            cells[3:] = "", "", "", f'{s["adapted"]}/{s["n"]}'
-            if s["labelled"]:
-                change = "{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"])
-                cells[3:6] = change, s["wins"], s["losses"]
+        scores = {side: [f"{s[side][kind]:.1f}" for kind in ("name", "call")] for side in scores}
+        change = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"]), s["wins"], s["losses"]]
+    for label, side, cells in (("direct", "direct", [""] * 4), ("TT-SI", "ttsi", [*change, f'{s["adapted"]}/{s["n"]}'])):
+        cost = []
         for unit, digits in (("seconds", 3), ("tokens", 0)):
-            cells.append(f"{s[side][unit]:.{digits}f} ({s[side][unit] / (s['direct'][unit] or math.nan):.1f}x)")
-        lines.append(line(*cells))
+            comparable = 0 < s["compared"] == s["answered"]
+            ratio = f' ({s[side][unit] / s["direct"][unit]:.1f}x)' if comparable else ""
+            cost.append(f"{s[side][unit]:.{digits}f}{ratio}")
+        lines.append(line(label, *scores[side], *cells, *cost))
     lines += ["", ", ".join(f"{n} drafts: {verdict}" for verdict, n in s["verdicts"].items()) or "no drafts"]
     if s["one_candidate"]:
-        lines.append(f'{s["one_candidate"]} samples offer one tool only: no margin, taken as certain')
+        lines.append(f'{s["one_candidate"]} samples offer one tool only: no runner-up, margin 1')
     lines += [f"not answered, counted as wrong: {i}: {error}" for i, error in s["failed"].items()]
     if 0 < s["labelled"] < 300:
         more = "; README.md has the table on the full test split" if cfg.data == Config.data else ""
         lines.append(f'with {s["labelled"]} samples the interval is wide{more}')
     return "\n".join(lines)
 
-def trace(x, row, sample, cfg):
+def trace(tok, x, row, sample, cfg):
     """One sample as the paper's Figure 1 tells it. The label comes last, after all that could not see it."""
     def bars(candidates):
         for c in sorted(candidates, key=lambda c: -c["p"]):
@@ -681,7 +701,8 @@ def trace(x, row, sample, cfg):
     bars(row.get("candidates", []))
     print(f'  {row["error"] or row["decision"]}')
     if "drafts" in row:
-        print(f"\n-- G: the same tools, another message\n{DRAFT}{x['request']}\n")
+        prompt, head = render(tok, x["system"], DRAFT + x["request"])
+        print(f"\n-- G: the prompt, after the same tools\n{prompt[head:]}\n")
     for d in row.get("drafts", []):
         print(f'  {d["text"]}\n  -> {d["verdict"]}')
     if "adapted" in row:
@@ -695,7 +716,7 @@ def trace(x, row, sample, cfg):
     if "call" in sample:
         print(f'\n-- The label, which nothing above has seen\n  {dumps(sample["call"])}')
         for when, right in (("before", row["scores"]["direct"]), ("after", row["scores"]["ttsi"])):
-            print(f'  {when}: {"right" if right["call"] else "right tool, wrong arguments" if right["name"] else "wrong"}')
+            print(f'  {when}: {("wrong", "right tool, wrong arguments", "right")[right["name"] + right["call"]]}')
 
 # ---------------------------------------------------------------------------------------------- running
 def load(cfg):
@@ -714,53 +735,62 @@ def load(cfg):
                          " a folder or a hub name, in safetensors") from e
     need(tok.is_fast, f"--model {cfg.model}: its tokenizer gives no character offsets; a fast one is needed")
     need(linear_layers(model), f"--model {cfg.model}: there is no linear layer to adapt")
+    plain = (transformers.cache_utils.DynamicLayer, transformers.cache_utils.DynamicSlidingWindowLayer)
+    need(all(type(layer) in plain for layer in transformers.DynamicCache(config=model.config).layers),
+         f"--model {cfg.model}: its cache is no plain key/value cache (linear attention, state space); not supported")
     return model, tok
 
-def resume(cfg, settings, batches):
-    """Opens cfg.output -> (file, rows of the whole batches at its head). A torn line or batch is done again."""
+def resume(cfg, settings, samples, size):
+    """Opens cfg.output -> (file, its summary's path, rows of whole batches so far). A torn batch is done again."""
     path, rows = Path(cfg.output), []
-    beside = path.with_suffix(".summary.json")
     try:
+        beside = path.with_suffix(".summary.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        before = loads(beside.read_text(encoding="utf-8")).get("config", {}) if lines else settings
+        before = loads(beside.read_text(encoding="utf-8")).get("config") or {} if lines else settings
         for key, value in settings.items():
             need(before.get(key) == value, f"--output {path}: begun with {key} = {before.get(key)!r}, not {value!r};"
                  " choose another name, or the same settings")
-        for batch in batches:
-            mine = lines[len(rows):len(rows) + len(batch)]
-            if len(mine) < len(batch) or not mine[-1].endswith(b"\n"):
-                break
-            rows += [loads(line.decode()) for line in mine]
+        whole = sum(line.endswith(b"\n") for line in lines)
+        whole = len(samples) if whole >= len(samples) else whole - whole % size
+        rows = [loads(line.decode()) for line in lines[:whole]]
+        need([r.get("id") for r in rows] == [s["id"] for s in samples[:whole]],
+             f"--output {path}: its rows are not those of {cfg.data}; choose another name")
         file = open(path, "ab")
-        file.truncate(sum(map(len, lines[:len(rows)])))
+        file.truncate(sum(map(len, lines[:whole])))
         beside.write_text(json.dumps({"config": settings}, indent=1), encoding="utf-8")
-        return file, rows
+        return file, beside, rows
+    except InputError:
+        raise
     except (OSError, ValueError) as e:
         raise InputError(f"--output {path}: cannot be used ({e}); choose another name") from e
 
 def run(cfg):
     """Reads, answers, scores, writes -> the summary."""
+    need(not (cfg.trace and cfg.output), "--trace tells one sample and writes no --output; give one of them")
     samples = read_jsonl(cfg.data, to_sample)
-    wanted = [i for i in (cfg.trace or cfg.ids).split(",") if i] or list(samples)
+    wanted = [cfg.trace] if cfg.trace else [i for i in cfg.ids.split(",") if i] or list(samples)
     missing = [i for i in wanted if i not in samples]
     need(not missing, f'{cfg.data}: no sample has the id {", ".join(missing)}; the first is {next(iter(samples))}')
     samples = [samples[i] for i in samples if i in set(wanted)][:cfg.limit or None]
     pairs = read_jsonl(cfg.pairs, to_pairs) if cfg.pairs else None
+    need(not pairs or any(s["id"] in pairs for s in samples), f"{cfg.pairs}: no pairs for any sample of {cfg.data}")
     size = cfg.batch_size or (25 if cfg.model == Config.model else 1)
-    batches = [samples[i:i + size] for i in range(0, len(samples), size)]  # of the selection and the size alone
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("output", "trace")}
-    settings["data_sha256"] = hashlib.sha256(Path(cfg.data).read_bytes()).hexdigest()
-    out, rows = resume(cfg, settings, batches) if cfg.output else (None, [])
+    for key in ("data", "pairs"):
+        settings[key + "_sha256"] = getattr(cfg, key) and hashlib.sha256(Path(getattr(cfg, key)).read_bytes()).hexdigest()
+    out, beside, rows = resume(cfg, settings, samples, size) if cfg.output else (None, None, [])
     model, tok = load(cfg)
     sizes = [sum(p.numel() for p in fresh(layer, [torch.Generator()], cfg)) for layer in linear_layers(model)]
-    print(f"{len(samples)} samples of {cfg.data}\n{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters,"
+    short = lambda path: os.path.relpath(path) if os.path.exists(path) else path
+    print(f"{len(samples)} samples of {short(cfg.data)}\n{short(cfg.model)}: {model.num_parameters() / 1e6:.2f} M parameters,"
           f" {model.dtype}, {model.device}\nan adapter: {sum(sizes) / 1e6:.2f} M on {len(sizes)} layers\n", flush=True)
-    for batch in tqdm(batches[math.ceil(len(rows) / size):], unit="batch", disable=bool(cfg.trace)):
+    batches = [samples[i:i + size] for i in range(len(rows), len(samples), size)]  # of selection and size alone
+    for batch in tqdm(batches, unit="batch", disable=bool(cfg.trace)):
         xs = tt_si(model, tok, batch, cfg, pairs)
         rows += [finish(x, s, cfg) for x, s in zip(xs, batch)]
         if cfg.trace:
-            trace(xs[0], rows[0], batch[0], cfg)
+            trace(tok, xs[0], rows[-1], batch[0], cfg)
         if out:
             out.write("".join(dumps(r) + "\n" for r in rows[-len(batch):]).encode())
             out.flush()
@@ -769,7 +799,7 @@ def run(cfg):
         "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}}
     if out:
         out.close()
-        Path(cfg.output).with_suffix(".summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        beside.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     if not cfg.trace:
         print(table(summary, cfg))
     return summary
@@ -790,7 +820,7 @@ def parse_flags(argv):
     argv = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv]
     if "--paper" in argv:
         parser.set_defaults(**PAPER)
-    flags = vars(parser.parse_args([a for a in argv if a != "--paper"]))
+    flags = vars(parser.parse_args(argv))
     flags.pop("paper")
     for f in dataclasses.fields(Config):
         least, value = f.metadata["allowed"], flags[f.name]
