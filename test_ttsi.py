@@ -132,7 +132,7 @@ def test_scores_equal_one_candidate_at_a_time_with_its_whole_prompt(model, tok, 
 
 
 def test_a_name_that_begins_another_is_scored_with_its_terminator(tok):
-    spans = [ttsi.name_tokens(tok, "x", '{"name": ', n) for n in ("get", "get_all")]
+    spans = [ttsi.name_tokens(tok, "x", n) for n in ("get", "get_all")]
     texts = [tok.decode(ids[begin:]) for ids, begin in spans]
     assert texts[0].startswith('get"') and texts[1].startswith('get_all"')
 
@@ -321,7 +321,8 @@ def test_checks(llama, tok, name, arguments, request_, verdict):
 
 def test_the_closest_drafts_are_kept():
     pairs = [{"request": r} for r in ("please book it", "please axe it", "please axe the flight", "please pay")]
-    assert [p["request"] for p in ttsi.closest("please axe my flight", pairs)][:2] == [
+    x = {"request": "please axe my flight", "drafts": [{"pair": p} for p in pairs] + [{"pair": None}]}
+    assert [p["request"] for p in ttsi.closest(x)][:2] == [
         "please axe the flight", "please axe it"], "rare shared words first; 'please' is in all of them and says nothing"
 
 
@@ -445,7 +446,7 @@ def test_a_sliding_window_sees_no_padding(tok, kind):
     rows = ttsi.tt_si(model, tok, SAMPLES[:2], config(tau=2.0, k=2, check=False, adapt="full", lr=0.5, epochs=3), PAIRS)
     for x in rows:
         for name, got in zip(x["names"], x["logp"]):  # one candidate at a time, with its whole prompt, unpadded
-            ids, begin = ttsi.name_tokens(tok, x["prompt"], '{"name": ', name)
+            ids, begin = ttsi.name_tokens(tok, x["prompt"], name)
             logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             assert got == pytest.approx(sum(logp[t - 1, ids[t]].item() for t in range(begin, len(ids))), abs=2e-3)
         A = [p[0] for p in theta_of(model, x, config())[::2]]
@@ -576,7 +577,7 @@ TOOLS = '"tools": [{"name": "f", "parameters": {"properties": {}}}]'
     ('{"query": "q", "tools": [{}]}', "a tool must be"),
     ('{"query": "q", "tools": [{"name": "f"}, {"name": "f"}]}', "offered twice"),
     ('{"query": "q", "tools": [{"name": "f", "parameters": {"properties": [1]}}]}', "JSON schema"),
-    ('{"query": "q", ' + TOOLS + ', "call": {"name": "g", "arguments": {}}}', "not among the tools"),
+    ('{"query": "q", ' + TOOLS + ', "call": {"name": "g", "arguments": {}}}', "not one of the tools"),
     ('{"query": "q", ' + TOOLS + ', "call": "f"}', '"call" must be'),
     ('{"query": "q", ' + TOOLS + ', "call": {"name": "f", "arguments": "{"}}', "not JSON"),
     ('{"query": "q", ' + TOOLS + ', "accept": {"x": 1}}', '"accept" must be'),

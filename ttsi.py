@@ -13,8 +13,7 @@
     python ttsi.py --model Qwen/Qwen2.5-0.5B-Instruct --data calls.jsonl --output runs/qwen.jsonl
 
 Departures from the paper, and choices where it is silent (--paper sets everything that it states):
- 1. Drafts must pass label-free checks (--check); the paper keeps whatever is written.
- 2. A pair is written call first, request second; the paper shows no prompt.
+ 1. Drafts must pass label-free checks (--check). 2. A pair is written call first, request second.
  3. SGD, normalised per adapter, is the default. The paper gives lr 1e-4, whose optimiser we take to be AdamW
     (--optimizer), and 3 % warm-up, less than one of its five steps: there is none here.
  4. The adapter acts behind the tool list only (--adapt suffix): one key/value cache of it serves every stage.
@@ -50,22 +49,18 @@ class Config:
     trace: str = flag("", "tell the sample of this id step by step")
     seed: int = flag(0, "of drafts, adapter initialisation and candidate order")
     device: str = flag("auto", "a torch device; auto: cuda, else mps, else cpu")
-    dtype: str = flag("auto", "of the frozen base; auto: float32 on a CPU, else the checkpoint's",
-                      ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = flag("auto", "auto: float32 on a CPU, else the checkpoint's", ("auto", "float32", "bfloat16", "float16"))
     batch_size: int = flag(0, "samples at once; 0: 25 for the embedded model, 1 for any other [ours; paper: 1]", 0)
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
-    # H
     tau: float = flag(0.95, "adapt where the margin is below [paper]", 0.0)
     score: str = flag("sum", "log-probability of a name: over its tokens sum [paper] or mean", ("sum", "mean"))
     select: str = flag("uncertain", "samples to adapt [paper, with controls]", ("uncertain", "certain", "all"))
-    # G
     k: int = flag(1, "pairs to train on [paper]", 1)
     drafts: int = flag(1, "drafts written at once, at least k; of those that pass, the k closest to the request stay [ours]", 1)
     attempts: int = flag(4, "times that drafts are written, until k pass [ours; paper: 1]", 1)
     temperature: float = flag(1.0, "of the drafts; answers are greedy [ours]", 0.0)
     check: bool = flag(True, "only drafts that pass the label-free checks are kept [ours]")
     max_new_tokens: int = flag(256, "at most, in a draft or an answer [ours]", 1)
-    # T
     lora_rank: int = flag(8, "r [paper]", 1)
     lora_alpha: float = flag(16.0, "the adapter's output is scaled by alpha / r [paper]", 0.0)
     optimizer: str = flag("sgd", "sgd: a step has length lr in each adapter [ours]; adamw [paper]", ("sgd", "adamw"))
@@ -140,8 +135,7 @@ def read_jsonl(path, check):
                 need(record["id"] not in found, f'the id {dumps(record["id"])} has been seen before; ids must differ')
                 found[record["id"]] = check(record)
         except ValueError as e:
-            hint = "" if isinstance(e, InputError) else "not JSON, each line must be one object: "
-            errors.append(f"{path}:{number}: {hint}{e}")
+            errors.append(f'{path}:{number}: {"" if isinstance(e, InputError) else "not JSON, one object a line: "}{e}')
     need(not errors, "\n".join(errors))
     need(found, f"{path}: nothing in it; each line must be one JSON object")
     return found
@@ -154,19 +148,15 @@ def to_sample(record):
     need(fits(record.get("tools"), [dict]) and record["tools"], 'no tools; give [{"name": ..., "parameters": ...}]')
     tools = [t.get("function", t) for t in record["tools"]]
     for t in tools:
-        need(fits(t, TOOL) and t["name"], 'a tool must be {"name": "...", "parameters": {JSON schema with "properties"}},'
-             f" not {dumps(t)[:80]}")
+        need(fits(t, TOOL) and t["name"], f'a tool must be {{"name": ..., "parameters": JSON schema}}, not {dumps(t)[:80]}')
     names = [t["name"] for t in tools]
     need(len(set(names)) == len(names), f"a tool is offered twice; names must differ: {names}")
-    sample = {"id": record["id"], "messages": messages, "tools": tools}
-    if record.get("call") is not None:
-        call = sample["call"] = to_call(record["call"])
-        need(fits(call, CALL), '"call" must be {"name": "...", "arguments": {...}}')
-        need(call["name"] in names, f'"call" names {dumps(call["name"])}, which is not among the tools {names}')
-    if record.get("accept") is not None:
-        need(fits(record["accept"], {...: list}), '"accept" must be {argument: [acceptable values]}')
-        sample["accept"] = record["accept"]
-    return sample
+    call = to_call(record.get("call"))
+    need(call is None or fits(call, CALL), '"call" must be {"name": "...", "arguments": {...}}')
+    need(not call or call["name"] in names, f'"call" names {dumps(call and call["name"])}, not one of the tools {names}')
+    need(fits(record, {"accept?": {...: list}}), '"accept" must be {argument: [acceptable values]}')
+    sample = {"id": record["id"], "messages": messages, "tools": tools, "call": call, "accept": record.get("accept")}
+    return {key: value for key, value in sample.items() if value is not None}
 
 def to_pairs(record):
     """{id, pairs: [{request, call}]} -> pairs; the rows of a run's own --output are such records."""
@@ -204,13 +194,12 @@ def render(tok, system, user):
         try:
             text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                            enable_thinking=False, date_string="01 January 2026")
-        except Exception as e:  # jinja2's own, raised by some templates on a system role
-            error = e
-            continue
-        if system in text and user in text.replace(system, "", 1):  # some drop a system message silently
-            return text, text.index(system) + len(system)
-        error = "it drops the system or the user message"
-    raise InputError(f"the model's chat template cannot hold a system and a user message ({error})")
+        except Exception as e:  # jinja2's own: some templates raise on a system role, others drop it silently
+            text = str(e)
+        head = text.find(system) + len(system)
+        if system in text and user in text[head:]:
+            return text, head
+    raise InputError(f"the model's chat template does not hold a system and a user message: {text[:80]}")
 
 def encode(tok, text, *at):
     """-> (token ids, n for each character position in `at`): token n is the first that reaches beyond it. Prompt and
@@ -218,11 +207,11 @@ def encode(tok, text, *at):
     out = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     return out.input_ids, *(sum(end <= a for _, end in out.offset_mapping) for a in at)
 
-def name_tokens(tok, prompt, opening, name):
-    """-> (ids of prompt + opening + "name", up to the token with the closing quote; first token of the name). It is
+def name_tokens(tok, prompt, name):
+    """-> (ids of prompt + {"name": "...", up to the token with the closing quote; first token of the name). It is
     tokenised inside its whole answer: in many vocabularies the quote and the comma are one token."""
-    text = prompt + opening + dumps(name)
-    ids, begin, quote = encode(tok, text + ', "arguments"', len(prompt + opening) + 1, len(text) - 1)
+    text = prompt + '{"name": ' + dumps(name)
+    ids, begin, quote = encode(tok, text + ', "arguments"', len(text) - len(dumps(name)) + 1, len(text) - 1)
     return ids[:quote + 1], begin
 
 def pair_tokens(tok, x, pair):
@@ -246,10 +235,10 @@ def prepare(model, tok, sample, cfg):
          "names": [t["name"] for t in tools], "labelled": "call" in sample, "cost": {}, "error": ""}
     x["prompt"], head = render(tok, x["system"], x["request"])
     x["ids"], x["head"] = encode(tok, x["prompt"], head)
-    x["candidates"] = [name_tokens(tok, x["prompt"], '{"name": ', name) for name in x["names"]]
+    x["candidates"] = [name_tokens(tok, x["prompt"], name) for name in x["names"]]
     context = x["context"] = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if max(len(x["ids"]) + cfg.max_new_tokens, *(len(ids) for ids, _ in x["candidates"])) > context:
-        x["error"] = f'{len(x["ids"])} tokens of prompt and {cfg.max_new_tokens} new ones exceed the context of {context}'
+        x["error"] = f'prompt of {len(x["ids"])} + {cfg.max_new_tokens} tokens, they exceed the context of {context}'
     return x
 
 # ---------------------------------------------------------------------------------------------- tokens and cache
@@ -313,9 +302,8 @@ def decode(model, tok, rows, start, limit, past=None, owner=None, temperature=0.
     texts, live = [""] * len(rows), set(range(len(rows)))
     logits, past = forward(model, rows, past, owner)
     for t in range(limit):
-        if temperature == 0:
-            token = logits[:, -1].argmax(-1)
-        else:
+        token = logits[:, -1].argmax(-1)
+        if temperature > 0:
             cdf = (logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)  # (R, V)
             u = uniform[:, t, None].to(cdf.device) * cdf[:, -1:]
             token = torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
@@ -356,7 +344,6 @@ def metered(f):
 @metered
 @torch.no_grad()  # not inference_mode: T's gradients pass through what is cached here
 def prefill(model, tok, xs, rows, past=None):
-    """-> the Past that rows leave behind, one for each sample."""
     return forward(model, rows, past)[1]
 
 @metered
@@ -392,10 +379,8 @@ def certainty(logp):
 @metered
 def generate(model, tok, xs, past, cfg):
     """G. The model writes drafts, up to `attempts` times, until K pass -> for each sample [{text, verdict, pair}]."""
-    drafts, prompts = [[] for _ in xs], []
-    for x in xs:
-        prompt, _ = render(tok, x["system"], DRAFT + x["request"])
-        prompts.append(encode(tok, prompt, len(prompt)))
+    drafts, prompts = [[] for _ in xs], [render(tok, x["system"], DRAFT + x["request"])[0] for x in xs]
+    prompts = [encode(tok, prompt, len(prompt)) for prompt in prompts]  # ids, and where the draft begins
     for _ in range(cfg.attempts):
         rows, uniform, owner = [], [], []
         for i, x in enumerate(xs):
@@ -420,9 +405,9 @@ def supplied(tok, xs, pairs, cfg):
     drafts = [[] for _ in xs]
     for x, mine in zip(xs, drafts):
         for pair in pairs.get(x["id"], []):
-            mine.append(judge(tok, pair, dumps(pair), x, mine, cfg))
-            if words(str(pair.get("request"))) == words(x["request"]):
-                mine[-1].update(verdict="copy of the request", pair=None)
+            copied = words(str(pair.get("request"))) == words(x["request"])
+            mine.append(judge(tok, {} if copied else pair, dumps(pair), x, mine, cfg))
+            mine[-1]["verdict"] = "copy of the request" if copied else mine[-1]["verdict"]
     return drafts
 
 def judge(tok, draft, text, x, before, cfg):
@@ -464,10 +449,11 @@ def check(pair, x, before):
 def words(text):
     return re.findall(r"\w+", text.casefold())
 
-def closest(request, pairs):
+def closest(x):
     """Pairs by the words that they share with the request, most first; a word rare among the pairs weighs more."""
+    pairs = [d["pair"] for d in x["drafts"] if d["pair"]]
     bags = [set(words(p["request"])) for p in pairs]
-    weight = {w: math.log((len(bags) + 1) / (sum(w in bag for bag in bags) + 1)) for w in words(request)}
+    weight = {w: math.log((len(bags) + 1) / (sum(w in bag for bag in bags) + 1)) for w in words(x["request"])}
     overlap = [sum(v for w, v in weight.items() if w in bag) for bag in bags]
     return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: -overlap[i])]  # stable: ties stay in order
 
@@ -570,10 +556,9 @@ def tt_si(model, tok, samples, cfg, pairs=None):
     note(xs, margin=[certainty(x["logp"]) for x in xs])                             #    u = p(1) - p(2)
     chosen = [x for x in xs if gate(x, cfg)]                                        #    u < tau: uncertain
 
-    note(chosen, drafts=supplied(tok, chosen, pairs, cfg) if pairs is not None           # G  (x', y') ~ P( . | x)
-         else generate(model, tok, chosen, tools, cfg))
-    for x in chosen:
-        x["pairs"] = closest(x["request"], [d["pair"] for d in x["drafts"] if d["pair"]])[:cfg.k]
+    note(chosen, drafts=generate(model, tok, chosen, tools, cfg) if pairs is None   # G  (x', y') ~ P( . | x)
+         else supplied(tok, chosen, pairs, cfg))
+    note(chosen, pairs=[closest(x)[:cfg.k] for x in chosen])
     learners = [x for x in chosen if x["pairs"]]                                    #    no pair, no training
 
     past = tools if cfg.adapt == "suffix" else None
@@ -648,8 +633,8 @@ def summarise(rows):
     verdicts = [d["verdict"] for r in rows for d in r.get("drafts", [])]
     answered = [r for r in rows if not r["error"]]
     both = [r["cost"] for r in answered if "direct" in r["cost"]]
-    out = {"n": len(rows), "answered": len(answered), "compared": len(both), "labelled": len(scored), "adapted": sum("adapted" in r for r in rows),
-           "one_candidate": sum(len(r.get("candidates", [])) == 1 for r in rows),
+    out = {"n": len(rows), "answered": len(answered), "compared": len(both), "labelled": len(scored),
+           "adapted": sum("adapted" in r for r in rows), "one_candidate": sum(len(r.get("candidates", [])) == 1 for r in rows),
            "failed": {r["id"]: r["error"] for r in rows if r["error"]},
            "verdicts": {v: verdicts.count(v) for v in sorted(set(verdicts))}, "stages": {}, "direct": {}, "ttsi": {}}
     for stage in sorted({s for r in answered for s in r["cost"]}):
@@ -669,20 +654,18 @@ def summarise(rows):
 
 def table(s, cfg):
     """The summary for people."""
-    line = "{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format
-    lines = [line("", "name", "call", "difference [95 %]", "wins", "losses", "adapted", "s/sample", "tokens/sample")]
-    scores, change = {"direct": ["", ""], "ttsi": ["", ""]}, [""] * 3
+    number = lambda value, digits=1: "" if value is None else f"{value:.{digits}f}"
+    direct, ttsi, change = s["direct"], s["ttsi"], ["", "", ""]
+    times = lambda unit: f" ({ttsi[unit] / direct[unit]:.1f}x)" if 0 < s["compared"] == s["answered"] else ""
     if s["labelled"]:
-        lines.append(line("always first", f'{s["always_first"]:.1f}', *[""] * 7))
-        scores = {side: [f"{s[side][kind]:.1f}" for kind in ("name", "call")] for side in scores}
-        change = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"]), s["wins"], s["losses"]]
-    for label, side, cells in (("direct", "direct", [""] * 4), ("TT-SI", "ttsi", [*change, f'{s["adapted"]}/{s["n"]}'])):
-        cost = []
-        for unit, digits in (("seconds", 3), ("tokens", 0)):
-            comparable = 0 < s["compared"] == s["answered"]
-            ratio = f' ({s[side][unit] / s["direct"][unit]:.1f}x)' if comparable else ""
-            cost.append(f"{s[side][unit]:.{digits}f}{ratio}")
-        lines.append(line(label, *scores[side], *cells, *cost))
+        change = "{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"]), s["wins"], s["losses"]
+    rows = [("", "name", "call", "difference [95 %]", "wins", "losses", "adapted", "s/sample", "tokens/sample"),
+            ("always first", number(s.get("always_first")), *[""] * 7),
+            ("direct", number(direct.get("name")), number(direct.get("call")), *[""] * 4,
+             number(direct["seconds"], 3), number(direct["tokens"], 0)),
+            ("TT-SI", number(ttsi.get("name")), number(ttsi.get("call")), *change, f'{s["adapted"]}/{s["n"]}',
+             number(ttsi["seconds"], 3) + times("seconds"), number(ttsi["tokens"], 0) + times("tokens"))]
+    lines = ["{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format(*row) for row in rows]
     lines += ["", ", ".join(f"{n} drafts: {verdict}" for verdict, n in s["verdicts"].items()) or "no drafts"]
     if s["one_candidate"]:
         lines.append(f'{s["one_candidate"]} samples offer one tool only: no runner-up, margin 1')
@@ -730,11 +713,10 @@ def load(cfg):
             cfg.model, dtype=getattr(torch, dtype, dtype), trust_remote_code=False, use_safetensors=True)
         model = model.to(device).eval().requires_grad_(False)
     except Exception as e:  # whatever goes wrong in there is about this model or device
-        why = (str(e) or repr(e)).strip().splitlines()[0]
-        raise InputError(f"--model {cfg.model}: cannot be loaded on {device} ({why}); give a causal language model,"
-                         " a folder or a hub name, in safetensors") from e
+        raise InputError(f"--model {cfg.model}: cannot be loaded on {device} ({(str(e) or repr(e)).split(chr(10))[0]});"
+                         " give a folder or hub name of a causal language model in safetensors") from e
     need(tok.is_fast, f"--model {cfg.model}: its tokenizer gives no character offsets; a fast one is needed")
-    need(linear_layers(model), f"--model {cfg.model}: there is no linear layer to adapt")
+    need(linear_layers(model), f"--model {cfg.model}: no linear layer to adapt")
     plain = (transformers.cache_utils.DynamicLayer, transformers.cache_utils.DynamicSlidingWindowLayer)
     need(all(type(layer) in plain for layer in transformers.DynamicCache(config=model.config).layers),
          f"--model {cfg.model}: its cache is no plain key/value cache (linear attention, state space); not supported")
@@ -749,21 +731,17 @@ def resume(cfg, settings, samples, size):
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         before = loads(beside.read_text(encoding="utf-8")).get("config") or {} if lines else settings
         for key, value in settings.items():
-            need(before.get(key) == value, f"--output {path}: begun with {key} = {before.get(key)!r}, not {value!r};"
-                 " choose another name, or the same settings")
+            need(before.get(key) == value, f"it was begun with {key} = {before.get(key)!r}, not {value!r}")
         whole = sum(line.endswith(b"\n") for line in lines)
         whole = len(samples) if whole >= len(samples) else whole - whole % size
         rows = [loads(line.decode()) for line in lines[:whole]]
-        need([r.get("id") for r in rows] == [s["id"] for s in samples[:whole]],
-             f"--output {path}: its rows are not those of {cfg.data}; choose another name")
+        need([r.get("id") for r in rows] == [s["id"] for s in samples[:whole]], "its rows are not those of this run")
         file = open(path, "ab")
         file.truncate(sum(map(len, lines[:whole])))
         beside.write_text(json.dumps({"config": settings}, indent=1), encoding="utf-8")
         return file, beside, rows
-    except InputError:
-        raise
     except (OSError, ValueError) as e:
-        raise InputError(f"--output {path}: cannot be used ({e}); choose another name") from e
+        raise InputError(f"--output {path}: cannot be used: {e}; choose another name, or the same settings") from e
 
 def run(cfg):
     """Reads, answers, scores, writes -> the summary."""
@@ -777,14 +755,14 @@ def run(cfg):
     need(not pairs or any(s["id"] in pairs for s in samples), f"{cfg.pairs}: no pairs for any sample of {cfg.data}")
     size = cfg.batch_size or (25 if cfg.model == Config.model else 1)
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("output", "trace")}
-    for key in ("data", "pairs"):
-        settings[key + "_sha256"] = getattr(cfg, key) and hashlib.sha256(Path(getattr(cfg, key)).read_bytes()).hexdigest()
+    for key in ("data", "pairs") if pairs else ("data",):
+        settings[key + "_sha256"] = hashlib.sha256(Path(settings[key]).read_bytes()).hexdigest()
     out, beside, rows = resume(cfg, settings, samples, size) if cfg.output else (None, None, [])
     model, tok = load(cfg)
     sizes = [sum(p.numel() for p in fresh(layer, [torch.Generator()], cfg)) for layer in linear_layers(model)]
     short = lambda path: os.path.relpath(path) if os.path.exists(path) else path
-    print(f"{len(samples)} samples of {short(cfg.data)}\n{short(cfg.model)}: {model.num_parameters() / 1e6:.2f} M parameters,"
-          f" {model.dtype}, {model.device}\nan adapter: {sum(sizes) / 1e6:.2f} M on {len(sizes)} layers\n", flush=True)
+    print(f"{len(samples)} samples of {short(cfg.data)}\n{short(cfg.model)}: {model.num_parameters() / 1e6:.2f} M"
+          f" parameters, {model.dtype}, {model.device}; an adapter: {sum(sizes) / 1e6:.2f} M on {len(sizes)} layers\n")
     batches = [samples[i:i + size] for i in range(len(rows), len(samples), size)]  # of selection and size alone
     for batch in tqdm(batches, unit="batch", disable=bool(cfg.trace)):
         xs = tt_si(model, tok, batch, cfg, pairs)
