@@ -419,10 +419,12 @@ def test_training_changes_the_answer(model, tok):
     assert any(r["adapted"] != r["direct"] for r in rows.values() if "adapted" in r)
 
 
-def test_gate():
-    gate = lambda margin, **kw: ttsi.gate({"margin": margin}, config(tau=0.5, **kw))
-    assert gate(0.4) and not gate(0.5) and gate(0.9, select="all")
-    assert gate(0.5, select="certain") and not gate(0.4, select="certain")
+@pytest.mark.parametrize("select", ["uncertain", "certain", "all"])
+def test_the_gate_is_strict_and_its_control_the_complement(llama, tok, select):
+    margin = ttsi.tt_si(llama, tok, SAMPLES[:1], config(tau=0.0))[0]["margin"]
+    for tau, uncertain in ((margin, False), (margin + 1e-6, True), (margin - 1e-6, False)):
+        x = ttsi.tt_si(llama, tok, SAMPLES[:1], config(tau=max(tau, 0.0), select=select), PAIRS)[0]
+        assert ("drafts" in x) == (select == "all" or uncertain == (select == "uncertain")), (select, tau, margin)
 
 
 def test_a_prompt_beyond_the_context_is_named_and_its_neighbours_are_answered(llama, tok):
@@ -487,12 +489,13 @@ def test_drafts_are_drawn_by_seed_sample_and_number(llama, tok, monkeypatch):
 
 
 def test_any_end_token_stops_an_answer(llama, tok, monkeypatch):
-    x = prepared(llama, tok, config())[1]
-    first = ttsi.answer(llama, tok, [dict(x, slot=0)], None, config())[0]
-    ids = tok(first, add_special_tokens=False).input_ids
-    monkeypatch.setattr(llama.generation_config, "eos_token_id", [tok.eos_token_id, ids[2]])
-    short = ttsi.answer(llama, tok, [dict(x, slot=0)], None, config())[0]
-    assert first.startswith(short) and len(short) < len(first)
+    x = dict(prepared(llama, tok, config())[1], slot=0)
+    ids = list(x["ids"])
+    for _ in range(4):
+        ids.append(llama(torch.tensor([ids])).logits[0, -1].argmax().item())
+    end = next(k for k in range(len(x["ids"]) + 1, len(ids)) if ids[k] not in ids[len(x["ids"]):k])
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", [tok.eos_token_id, ids[end]])
+    assert ttsi.answer(llama, tok, [x], None, config()) == [tok.decode(ids[len(x["ids"]):end])]
 
 
 # ------------------------------------------------------------------------------------------------ scoring
@@ -576,7 +579,7 @@ TOOLS = '"tools": [{"name": "f", "parameters": {"properties": {}}}]'
     ('{"messages": [{"role": "user", "content": [1]}], ' + TOOLS + "}", "no request"), ('{"query": "q"}', "no tools"),
     ('{"query": "q", "tools": [{}]}', "a tool must be"),
     ('{"query": "q", "tools": [{"name": "f"}, {"name": "f"}]}', "offered twice"),
-    ('{"query": "q", "tools": [{"name": "f", "parameters": {"properties": [1]}}]}', "JSON schema"),
+    ('{"query": "q", "tools": [{"name": "f", "parameters": {"properties": [1]}}]}', "a tool must be"),
     ('{"query": "q", ' + TOOLS + ', "call": {"name": "g", "arguments": {}}}', "not one of the tools"),
     ('{"query": "q", ' + TOOLS + ', "call": "f"}', '"call" must be'),
     ('{"query": "q", ' + TOOLS + ', "call": {"name": "f", "arguments": "{"}}', "not JSON"),

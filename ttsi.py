@@ -19,13 +19,12 @@ Departures from the paper, and choices where it is silent (--paper sets everythi
  4. The adapter acts behind the tool list only (--adapt suffix): one key/value cache of it serves every stage.
  5. Tools are offered in a seeded order (--shuffle): benchmarks tend to list the right one first.
  6. b samples are processed at once, each with an adapter of its own (--batch-size): same results, sooner.
-
 Shapes: b samples, N candidates, R rows of T tokens, V vocabulary, K pairs, r rank.
 """
 import argparse, copy, dataclasses, functools, hashlib, json, math, os, re, sys, time  # noqa: E401
+from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch, transformers  # noqa: E401
 from tqdm import tqdm
@@ -49,14 +48,14 @@ class Config:
     trace: str = flag("", "tell the sample of this id step by step")
     seed: int = flag(0, "of drafts, adapter initialisation and candidate order")
     device: str = flag("auto", "a torch device; auto: cuda, else mps, else cpu")
-    dtype: str = flag("auto", "auto: float32 on a CPU, else the checkpoint's", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = flag("auto", "auto: float32 on a CPU, else as stored", ("auto", "float32", "bfloat16", "float16"))
     batch_size: int = flag(0, "samples at once; 0: 25 for the embedded model, 1 for any other [ours; paper: 1]", 0)
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
     tau: float = flag(0.95, "adapt where the margin is below [paper]", 0.0)
     score: str = flag("sum", "log-probability of a name: over its tokens sum [paper] or mean", ("sum", "mean"))
     select: str = flag("uncertain", "samples to adapt [paper, with controls]", ("uncertain", "certain", "all"))
     k: int = flag(1, "pairs to train on [paper]", 1)
-    drafts: int = flag(1, "drafts written at once, at least k; of those that pass, the k closest to the request stay [ours]", 1)
+    drafts: int = flag(1, "drafts at once, at least k; of those that pass, the k closest to x stay [ours]", 1)
     attempts: int = flag(4, "times that drafts are written, until k pass [ours; paper: 1]", 1)
     temperature: float = flag(1.0, "of the drafts; answers are greedy [ours]", 0.0)
     check: bool = flag(True, "only drafts that pass the label-free checks are kept [ours]")
@@ -80,7 +79,6 @@ def need(ok, message):
         raise InputError(message)
 
 DECODER = json.JSONDecoder(parse_constant=lambda name: need(False, f"{name} is not JSON"))
-
 def dumps(value):
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
@@ -102,14 +100,14 @@ def parse(text):
         return None
 
 def fits(value, shape):
-    """Does a JSON value have this shape: a type, [shape], {key: shape}, "key?": may be absent or null, ...: any key."""
+    """Has a JSON value this shape: a type, [shape], {key: shape}; "key?" may be absent or null, ... is any key."""
     if isinstance(shape, list):
         return isinstance(value, list) and all(fits(v, shape[0]) for v in value)
     if not isinstance(shape, dict):
         return isinstance(value, shape)
     return isinstance(value, dict) and all(
         all(fits(v, part) for v in value.values()) if key is ... else
-        (key.endswith("?") and value.get(key[:-1]) is None) or fits(value.get(key.rstrip("?")), part)
+        key[-1] == "?" and value.get(key[:-1]) is None or fits(value.get(key.rstrip("?")), part)
         for key, part in shape.items())
 
 MESSAGES = [{"role": str, "content?": str, "tool_calls?": [dict]}]
@@ -132,10 +130,10 @@ def read_jsonl(path, check):
             if line.strip():
                 record = loads(line)
                 record["id"] = str(record.get("id", number))
-                need(record["id"] not in found, f'the id {dumps(record["id"])} has been seen before; ids must differ')
+                need(record["id"] not in found, f'id {dumps(record["id"])} is on an earlier line; ids must differ')
                 found[record["id"]] = check(record)
         except ValueError as e:
-            errors.append(f'{path}:{number}: {"" if isinstance(e, InputError) else "not JSON, one object a line: "}{e}')
+            errors.append(f'{path}:{number}: {"" if isinstance(e, InputError) else "not JSON, one object each: "}{e}')
     need(not errors, "\n".join(errors))
     need(found, f"{path}: nothing in it; each line must be one JSON object")
     return found
@@ -148,12 +146,12 @@ def to_sample(record):
     need(fits(record.get("tools"), [dict]) and record["tools"], 'no tools; give [{"name": ..., "parameters": ...}]')
     tools = [t.get("function", t) for t in record["tools"]]
     for t in tools:
-        need(fits(t, TOOL) and t["name"], f'a tool must be {{"name": ..., "parameters": JSON schema}}, not {dumps(t)[:80]}')
+        need(fits(t, TOOL) and t["name"], f'a tool must be {{"name": ..., "parameters": schema}}: {dumps(t)[:80]}')
     names = [t["name"] for t in tools]
     need(len(set(names)) == len(names), f"a tool is offered twice; names must differ: {names}")
     call = to_call(record.get("call"))
     need(call is None or fits(call, CALL), '"call" must be {"name": "...", "arguments": {...}}')
-    need(not call or call["name"] in names, f'"call" names {dumps(call and call["name"])}, not one of the tools {names}')
+    need(not call or call["name"] in names, f'"call" names {call and call["name"]!r}, not one of the tools {names}')
     need(fits(record, {"accept?": {...: list}}), '"accept" must be {argument: [acceptable values]}')
     sample = {"id": record["id"], "messages": messages, "tools": tools, "call": call, "accept": record.get("accept")}
     return {key: value for key, value in sample.items() if value is not None}
@@ -242,11 +240,7 @@ def prepare(model, tok, sample, cfg):
     return x
 
 # ---------------------------------------------------------------------------------------------- tokens and cache
-class Past(NamedTuple):
-    """What the model has read: token ids of each row, their key/value cache, and (R, slots) which slots are real."""
-    ids: list
-    cache: object
-    mask: torch.Tensor
+Past = namedtuple("Past", "ids cache mask")  # R rows that were read, their key/value cache, (R, slots) which are real
 
 def forward(model, rows, past=None, owner=None, keep=1):
     """-> (logits (R, keep, V) at the last `keep` positions of R token rows, the Past that they leave behind).
@@ -300,6 +294,7 @@ def decode(model, tok, rows, start, limit, past=None, owner=None, temperature=0.
     ends = [tok.eos_token_id, model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id]
     ends = {e for end in ends for e in (end if isinstance(end, list) else [end])}
     texts, live = [""] * len(rows), set(range(len(rows)))
+    text = lambda ids: tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     logits, past = forward(model, rows, past, owner)
     for t in range(limit):
         token = logits[:, -1].argmax(-1)
@@ -310,8 +305,8 @@ def decode(model, tok, rows, start, limit, past=None, owner=None, temperature=0.
         rows = [row + [k] for row, k in zip(rows, token.tolist())]  # what has ended idles on with the others
         for j in sorted(live):
             if rows[j][-1] not in ends:
-                texts[j] = tok.decode(rows[j][start[j]:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            if rows[j][-1] in ends or "}" in tok.decode(rows[j][-1:]) and parse(texts[j]) is not None:
+                texts[j] = text(rows[j][start[j]:])
+            if rows[j][-1] in ends or "}" in text(rows[j][-1:]) and parse(texts[j]) is not None:
                 live.remove(j)
         if not live or t == limit - 1:
             return texts
@@ -321,8 +316,7 @@ def decode(model, tok, rows, start, limit, past=None, owner=None, temperature=0.
 def metered(f):
     """Adds the stage's seconds and tokens to each sample's "cost", in equal shares; without samples, does nothing.
 
-    Tokens are forward equivalents, padding included. One with a backward pass counts twice: no gradients of the
-    frozen weights are computed."""
+    Tokens are forward equivalents, padding included. One with a backward pass counts twice: the base is frozen."""
     @functools.wraps(f)
     def stage(model, tok, xs, *args, name=f.__name__, **kw):
         if not xs:
@@ -371,7 +365,7 @@ def softmax(logp):
 
 # FORK HERE: another uncertainty, e.g. 1 - entropy / log N instead of the margin. Below tau means uncertain.
 def certainty(logp):
-    """Relative Softmax Scoring: margin u = p(1) - p(2) of p = softmax(l). One candidate has no runner-up: 1 [ours]."""
+    """Relative Softmax Scoring: margin u = p(1) - p(2) of p = softmax(l). One candidate, no runner-up: 1 [ours]."""
     p = sorted(softmax(logp), reverse=True)
     return p[0] - p[1] if len(p) > 1 else 1.0
 
@@ -506,15 +500,11 @@ def train(model, tok, xs, theta, past, cfg):
     The loss is a SUM over samples, so each adapter gets exactly the gradient that it would get alone; a sample's is
     the mean over its pairs of the mean over the answer's tokens. Missing pairs are padded with weight 0."""
     K = max(len(x["pairs"]) for x in xs)
-    rows, n, weight, owner = [], [], [], []
-    for x in xs:
-        for pair in (x["pairs"] + [None] * K)[:K]:
-            ids, begin = pair_tokens(tok, x, pair or {"request": x["request"], "call": {}})
-            rows.append(ids)
-            n.append(len(ids) - begin)
-            weight.append(1 / n[-1] / len(x["pairs"]) if pair else 0.0)
-            owner.append(x["slot"])
-    weight = torch.tensor(weight, device=model.device)
+    padded = [(x, pair) for x in xs for pair in (x["pairs"] + [None] * K)[:K]]
+    rows, begin = zip(*(pair_tokens(tok, x, pair or {"request": x["request"], "call": {}}) for x, pair in padded))
+    n = [len(row) - b for row, b in zip(rows, begin)]
+    weight = [1 / tokens / len(x["pairs"]) if pair else 0.0 for (x, pair), tokens in zip(padded, n)]
+    weight, owner = torch.tensor(weight, device=model.device), [x["slot"] for x, _ in padded]
     adamw = torch.optim.AdamW(theta, weight_decay=0.0) if cfg.optimizer == "adamw" else None  # afresh: no old moments
     losses = []
     for step in range(cfg.epochs):
@@ -541,9 +531,8 @@ def sgd(theta, lr):
 
 # ---------------------------------------------------------------------------------------------- Algorithm 1
 def tt_si(model, tok, samples, cfg, pairs=None):
-    """Algorithm 1 for b independent samples at once -> their rows, in order. b = 1 is the paper, literally.
-
-    pairs: {id: [{request, call}]} to take instead of G. No label is read: `prepare` leaves it behind."""
+    """Algorithm 1 for b independent samples at once -> their rows, in order. b = 1 is the paper, literally. No label
+    is read: `prepare` leaves it behind. pairs: {id: [{request, call}]} to take instead of G."""
     if len(samples) > 1 and windowed(model):
         return [row for s in samples for row in tt_si(model, tok, [s], cfg, pairs)]
     rows = [prepare(model, tok, s, cfg) for s in samples]
@@ -554,7 +543,7 @@ def tt_si(model, tok, samples, cfg, pairs=None):
 
     note(xs, logp=score(model, tok, xs, asked, cfg))                                # H  l_n = log P(a_n | x)
     note(xs, margin=[certainty(x["logp"]) for x in xs])                             #    u = p(1) - p(2)
-    chosen = [x for x in xs if gate(x, cfg)]                                        #    u < tau: uncertain
+    chosen = [x for x in xs if cfg.select == "all" or (x["margin"] < cfg.tau) == (cfg.select == "uncertain")]
 
     note(chosen, drafts=generate(model, tok, chosen, tools, cfg) if pairs is None   # G  (x', y') ~ P( . | x)
          else supplied(tok, chosen, pairs, cfg))
@@ -573,17 +562,12 @@ def tt_si(model, tok, samples, cfg, pairs=None):
     note(plain, direct=answer(model, tok, plain, asked, cfg, name="direct"))        # and to compare with
     return rows
 
-# FORK HERE: another gate.
-def gate(x, cfg):
-    return cfg.select == "all" or (x["margin"] < cfg.tau) == (cfg.select == "uncertain")
-
 def note(xs, **columns):
-    """Writes one value per sample, by name."""
     for key, values in columns.items():
         for x, value in zip(xs, values):
             x[key] = value
 
-# ---------------------------------------------------------------------------------------------- scoring (reads labels)
+# ---------------------------------------------------------------------------------------------- scoring, with labels
 def canonical(value):
     """Values are compared as strings, once 12.0 is 12; containers element by element."""
     if isinstance(value, dict):
@@ -630,35 +614,36 @@ def interval(differences, resamples=10_000, seed=0):
 def summarise(rows):
     """-> counts, cost per sample, accuracies in percent over ALL labelled samples, and their paired difference."""
     scored = [r["scores"] for r in rows if "scores" in r]
-    verdicts = [d["verdict"] for r in rows for d in r.get("drafts", [])]
     answered = [r for r in rows if not r["error"]]
-    both = [r["cost"] for r in answered if "direct" in r["cost"]]
-    out = {"n": len(rows), "answered": len(answered), "compared": len(both), "labelled": len(scored),
-           "adapted": sum("adapted" in r for r in rows), "one_candidate": sum(len(r.get("candidates", [])) == 1 for r in rows),
+    verdicts = [d["verdict"] for r in answered for d in r.get("drafts", [])]
+    compared = [r["cost"] for r in answered if "direct" in r["cost"]]
+    out = {"n": len(rows), "answered": len(answered), "compared": len(compared), "labelled": len(scored),
+           "adapted": sum("adapted" in r for r in rows), "direct": {}, "ttsi": {},
+           "one_candidate": sum(len(r.get("candidates", [])) == 1 for r in answered),
            "failed": {r["id"]: r["error"] for r in rows if r["error"]},
-           "verdicts": {v: verdicts.count(v) for v in sorted(set(verdicts))}, "stages": {}, "direct": {}, "ttsi": {}}
-    for stage in sorted({s for r in answered for s in r["cost"]}):
-        out["stages"][stage] = [sum(r["cost"].get(stage, (0, 0))[i] for r in answered) / len(answered) for i in (0, 1)]
+           "verdicts": {v: verdicts.count(v) for v in sorted(set(verdicts))}}
+    mean = lambda values, n: sum(values) / max(1, n)
     for i, unit in enumerate(("seconds", "tokens")):  # the direct answer of an adapted sample is for comparison only
-        out["direct"][unit] = sum(c["prefill"][i] + c["direct"][i] for c in both) / max(1, len(both))
-        out["ttsi"][unit] = sum(c[i] for r in answered for s, c in r["cost"].items() if s != "trace" and (
-            s != "direct" or "adapted" not in r)) / max(1, len(answered))
+        costs = [(s, c[i], "adapted" in r) for r in answered for s, c in r["cost"].items() if s != "trace"]
+        out[unit] = {s: mean([c for t, c, _ in costs if t == s], len(answered)) for s in {s for s, *_ in costs}}
+        out["direct"][unit] = mean([c["prefill"][i] + c["direct"][i] for c in compared], len(compared))
+        out["ttsi"][unit] = mean([c for s, c, adapted in costs if s != "direct" or not adapted], len(answered))
     if scored:
-        percent = lambda values: 100 * sum(values) / len(scored)
+        percent = lambda values: 100 * mean(values, len(scored))
         for side in ("direct", "ttsi"):
-            out[side] |= {kind: percent(s[side][kind] for s in scored) for kind in ("name", "call")}
+            out[side] |= {kind: percent([s[side][kind] for s in scored]) for kind in ("name", "call")}
         change = [s["ttsi"]["call"] - s["direct"]["call"] for s in scored]
-        out |= {"always_first": percent(s["first"] for s in scored), "difference": percent(change),
+        out |= {"always_first": percent([s["first"] for s in scored]), "difference": percent(change),
                 "interval": [100 * q for q in interval(change)], "wins": change.count(1), "losses": change.count(-1)}
     return out
 
 def table(s, cfg):
     """The summary for people."""
     number = lambda value, digits=1: "" if value is None else f"{value:.{digits}f}"
-    direct, ttsi, change = s["direct"], s["ttsi"], ["", "", ""]
+    direct, ttsi = s["direct"], s["ttsi"]
     times = lambda unit: f" ({ttsi[unit] / direct[unit]:.1f}x)" if 0 < s["compared"] == s["answered"] else ""
-    if s["labelled"]:
-        change = "{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"]), s["wins"], s["losses"]
+    change = ("{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"]), s["wins"], s["losses"]) if (
+        s["labelled"]) else [""] * 3
     rows = [("", "name", "call", "difference [95 %]", "wins", "losses", "adapted", "s/sample", "tokens/sample"),
             ("always first", number(s.get("always_first")), *[""] * 7),
             ("direct", number(direct.get("name")), number(direct.get("call")), *[""] * 4,
@@ -667,11 +652,10 @@ def table(s, cfg):
              number(ttsi["seconds"], 3) + times("seconds"), number(ttsi["tokens"], 0) + times("tokens"))]
     lines = ["{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format(*row) for row in rows]
     lines += ["", ", ".join(f"{n} drafts: {verdict}" for verdict, n in s["verdicts"].items()) or "no drafts"]
-    if s["one_candidate"]:
-        lines.append(f'{s["one_candidate"]} samples offer one tool only: no runner-up, margin 1')
+    lines += [f'{s["one_candidate"]} samples offer one tool only: no runner-up, margin 1'] * (s["one_candidate"] > 0)
     lines += [f"not answered, counted as wrong: {i}: {error}" for i, error in s["failed"].items()]
     if 0 < s["labelled"] < 300:
-        more = "; README.md has the table on the full test split" if cfg.data == Config.data else ""
+        more = "; README.md has the full table" if cfg.data == Config.data else ""
         lines.append(f'with {s["labelled"]} samples the interval is wide{more}')
     return "\n".join(lines)
 
@@ -690,12 +674,10 @@ def trace(tok, x, row, sample, cfg):
         print(f'  {d["text"]}\n  -> {d["verdict"]}')
     if "adapted" in row:
         print(f"\n-- T: a temporary LoRA of rank {cfg.lora_rank}, trained on what a request and its call should be")
-        for pair in row["pairs"]:
-            print(f'  {pair["request"]}\n  -> {dumps(pair["call"])}')
-        for step, loss in enumerate(row["loss"], 1):
-            print(f"  step {step}: loss {loss:.4f}")
+        print("\n".join(f'  {pair["request"]}\n  -> {dumps(pair["call"])}' for pair in row["pairs"]))
+        print("\n".join(f"  step {step}: loss {loss}" for step, loss in enumerate(row["loss"], 1)))
         bars(row["candidates_after"])
-    print(f'\n-- The answer, after which everything is reset\n  before: {row.get("direct")}\n  after:  {row["answer"]}')
+    print(f'\n-- The answer; then everything is reset\n  before: {row.get("direct")}\n  after:  {row["answer"]}')
     if "call" in sample:
         print(f'\n-- The label, which nothing above has seen\n  {dumps(sample["call"])}')
         for when, right in (("before", row["scores"]["direct"]), ("after", row["scores"]["ttsi"])):
@@ -713,10 +695,9 @@ def load(cfg):
             cfg.model, dtype=getattr(torch, dtype, dtype), trust_remote_code=False, use_safetensors=True)
         model = model.to(device).eval().requires_grad_(False)
     except Exception as e:  # whatever goes wrong in there is about this model or device
-        raise InputError(f"--model {cfg.model}: cannot be loaded on {device} ({(str(e) or repr(e)).split(chr(10))[0]});"
+        raise InputError(f"--model {cfg.model}: cannot be loaded on {device}: {' '.join(str(e).split())[:200]};"
                          " give a folder or hub name of a causal language model in safetensors") from e
-    need(tok.is_fast, f"--model {cfg.model}: its tokenizer gives no character offsets; a fast one is needed")
-    need(linear_layers(model), f"--model {cfg.model}: no linear layer to adapt")
+    need(tok.is_fast and linear_layers(model), f"--model {cfg.model}: needs a fast tokenizer and linear layers")
     plain = (transformers.cache_utils.DynamicLayer, transformers.cache_utils.DynamicSlidingWindowLayer)
     need(all(type(layer) in plain for layer in transformers.DynamicCache(config=model.config).layers),
          f"--model {cfg.model}: its cache is no plain key/value cache (linear attention, state space); not supported")
@@ -724,7 +705,7 @@ def load(cfg):
 
 def resume(cfg, settings, samples, size):
     """Opens cfg.output -> (file, its summary's path, rows of whole batches so far). A torn batch is done again."""
-    path, rows = Path(cfg.output), []
+    path = Path(cfg.output)
     try:
         beside = path.with_suffix(".summary.json")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -741,7 +722,7 @@ def resume(cfg, settings, samples, size):
         beside.write_text(json.dumps({"config": settings}, indent=1), encoding="utf-8")
         return file, beside, rows
     except (OSError, ValueError) as e:
-        raise InputError(f"--output {path}: cannot be used: {e}; choose another name, or the same settings") from e
+        raise InputError(f"--output {path}: cannot be used: {e}; take another name, or the same settings") from e
 
 def run(cfg):
     """Reads, answers, scores, writes -> the summary."""
@@ -760,9 +741,8 @@ def run(cfg):
     out, beside, rows = resume(cfg, settings, samples, size) if cfg.output else (None, None, [])
     model, tok = load(cfg)
     sizes = [sum(p.numel() for p in fresh(layer, [torch.Generator()], cfg)) for layer in linear_layers(model)]
-    short = lambda path: os.path.relpath(path) if os.path.exists(path) else path
-    print(f"{len(samples)} samples of {short(cfg.data)}\n{short(cfg.model)}: {model.num_parameters() / 1e6:.2f} M"
-          f" parameters, {model.dtype}, {model.device}; an adapter: {sum(sizes) / 1e6:.2f} M on {len(sizes)} layers\n")
+    print(f"{len(samples)} samples of {os.path.relpath(cfg.data)}; {os.path.relpath(cfg.model)}, {model.dtype} on"
+          f" {model.device}: {model.num_parameters():,} parameters, an adapter {sum(sizes):,} on {len(sizes)} layers\n")
     batches = [samples[i:i + size] for i in range(len(rows), len(samples), size)]  # of selection and size alone
     for batch in tqdm(batches, unit="batch", disable=bool(cfg.trace)):
         xs = tt_si(model, tok, batch, cfg, pairs)
