@@ -41,8 +41,7 @@ import ttsi  # noqa: E402  the prompts that the model learns are those of the me
 FILES = {"dev": 200, "demo": 100, "test": 500}      # items per file, every one of them shifted
 TRAIN_ITEMS = 13_000                                # as many labelled items as the paper's supervised baseline had
 SPLITS = {"train": 60, "dev": 11, "demo": 10, "test": 19}   # per cent of the tool names
-RARE_VERB = .3        # shifted items: the verb is worded rarely with this probability, else the object is;
-RARE_NOUN = .5        #   and where the verb is, so is the object with this one
+RARE_NOUN = .5        # shifted items: the verb is always worded rarely, the object with this probability
 RARE_SEED = .5        # writing: seeds worded rarely
 RARE_WRITE = .6       # writing: the same for what is written, where it does not take the seed's wording over
 REUSE = .8            # writing: same verb (object) as the seed: take its very wording over
@@ -211,10 +210,8 @@ def answer_pair(r, tool, shifted=False):
     """The answering skill: request -> call. In training never shifted."""
     call = call_of(r, tool)
     verb, noun = call["name"].split("_")
-    rare_verb = shifted and r.random() < RARE_VERB
-    rare_noun = (RARE_NOUN if rare_verb else 1.) if shifted else 0.
-    request = request_of(r, call, wording(r, VERBS, verb, float(rare_verb)), wording(r, NOUNS, noun, rare_noun),
-                         r.choice(FRAMES))
+    request = request_of(r, call, wording(r, VERBS, verb, float(shifted)),
+                         wording(r, NOUNS, noun, RARE_NOUN * shifted), r.choice(FRAMES))
     return request, call
 
 
@@ -617,7 +614,7 @@ def train(args, tok):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--steps", type=int, default=11000, help="the result depends on seed and steps, not on the clock")
+    p.add_argument("--steps", type=int, default=7500, help="the result depends on seed and steps, not on the clock")
     p.add_argument("--minutes", type=float, default=0, help="stop early, to be resumed by the same command; 0 = never")
     p.add_argument("--hidden", type=int, default=160)
     p.add_argument("--layers", type=int, default=5)
