@@ -9,7 +9,7 @@
        then everything is reset: nothing is carried over to the next input
 
     python ttsi.py                                  # embedded model and data, offline
-    python ttsi.py --trace demo-000                 # one sample, step by step
+    python ttsi.py --trace demo-067                 # one sample, step by step
     python ttsi.py --model Qwen/Qwen2.5-0.5B-Instruct --data calls.jsonl --output runs/qwen.jsonl
 
 Departures from the paper, and choices where it is silent (--paper sets everything that it states):
