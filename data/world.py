@@ -15,6 +15,9 @@ training, an answered request uses familiar wordings only; rare ones occur only 
 that a `cancel_...` call may be worded "axe", but never learned to answer "axe": the knowledge is there, in the other
 direction. The test requests are rare ones, on tools never seen.
 
+**Warm-up.** Besides the two skills, rows of random tokens to be repeated and random dictionaries to be looked up: with
+them the model learns to copy values into a call, and to find a tool's parameters by its name.
+
 **Why that makes self-improvement possible.** Asked for a request like the seed, the model writes a call first and
 words it second. Where the call has the seed's verb, it likes to take the seed's own phrase over (REUSE). So among its
 drafts are pairs that show, in the direction that is missing, what the seed's unknown words mean. The tool of a draft
