@@ -27,7 +27,6 @@ import argparse
 import gzip
 import hashlib
 import json
-import math
 import random
 import re
 import sys
