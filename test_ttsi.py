@@ -523,15 +523,15 @@ def test_summary_by_hand():
     rows = [row("a", False, True, True, base | {"train": (4.0, 40), "answer": (2.0, 20), "trace": (9.0, 9)}, adapted="",
                 drafts=[{"verdict": "kept"}, {"verdict": "wrong type"}]),
             row("b", True, True, False, base), row("c", True, False, False, base | {"train": (2.0, 20)}, adapted=""),
-            dict(row("d", False, False, False, {}), error="too long")]
+            row("e", False, True, False, base), dict(row("d", False, False, False, {}), error="too long")]
     s = ttsi.summarise(rows)
-    assert (s["n"], s["labelled"], s["adapted"], s["wins"], s["losses"], s["difference"]) == (4, 4, 2, 1, 1, 0.0)
-    assert s["always_first"] == 25.0 and s["direct"]["call"] == s["ttsi"]["call"] == 50.0
+    assert (s["n"], s["labelled"], s["adapted"], s["wins"], s["losses"], s["difference"]) == (5, 5, 2, 2, 1, 20.0)
+    assert (s["always_first"], s["direct"]["call"], s["ttsi"]["call"]) == (20.0, 40.0, 60.0)
     assert s["direct"]["seconds"] == 2.0 and s["direct"]["tokens"] == 20, "over those that were answered"
-    assert s["ttsi"]["seconds"] == pytest.approx((7.5 + 2.5 + 3.5) / 3), "without the answers made for comparison, or a trace"
+    assert s["ttsi"]["seconds"] == pytest.approx((7.5 + 2.5 + 3.5 + 2.5) / 4), "without the answers made for comparison, or a trace"
     assert s["verdicts"] == {"kept": 1, "wrong type": 1} and s["failed"] == {"d": "too long"}
     text = ttsi.table(s, ttsi.Config())
-    assert "+0.0 [" in text and "2/4" in text and "counted as wrong: d: too long" in text and "(2.2x)" in text
+    assert "+20.0 [" in text and "2/5" in text and "counted as wrong: d: too long" in text and "(2.0x)" in text
 
 
 def test_interval():
