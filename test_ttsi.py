@@ -1,4 +1,5 @@
 """Each test compares ttsi.py with something that does not share its code: a closed form, brute force, an invariant."""
+import argparse
 import ast
 import contextlib
 import copy
@@ -8,6 +9,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -91,8 +93,8 @@ def embedded():
 
 def prepared(model, tok, cfg, samples=SAMPLES):
     xs = [ttsi.prepare(model, tok, s, cfg) for s in samples]
-    for i, x in enumerate(xs):
-        x.update(slot=i, pairs=PAIRS.get(x["id"], []))
+    for x in xs:
+        x.update(pairs=PAIRS.get(x["id"], []))
     return xs
 
 
@@ -159,7 +161,7 @@ def test_sampling_follows_the_distribution_and_no_neighbour(llama, tok):
     x = prepared(llama, tok, config())[1]
     u = torch.rand(400, 1, generator=torch.Generator().manual_seed(1))
     row, start = x["ids"], len(x["ids"])
-    draw = lambda uniform: ttsi.decode(llama, tok, [row] * len(uniform), [start] * len(uniform), 1, None, None, 1.0, uniform)
+    draw = lambda uniform: ttsi.decode(llama, tok, [row] * len(uniform), [start] * len(uniform), 1, None, 1.0, uniform)
     texts = draw(u)
     assert texts[7:9] == draw(u[7:9]), "a row's draws depend on its batch"
     p = llama(torch.tensor([row])).logits[0, -1].softmax(-1)
@@ -300,6 +302,33 @@ def test_suffix_gradients_equal_a_full_forward_with_the_adapter_masked(model, to
 
 
 # ------------------------------------------------------------------------------------------------ G
+
+def test_rows_continue_the_longest_past_and_equal_ones_are_read_once(model, tok, monkeypatch):
+    xs = [{"cost": {}} for _ in range(3)]
+    past = ttsi.prefill(model, tok, xs, [[5, 6], [5, 6, 7, 8], [5, 6]])
+    assert past.ids == [[5, 6], [5, 6, 7, 8]], "two rows of three are different"
+    read, rows = [], [[5, 6, 7, 8, 9], [5, 6, 9, 9], [5, 6, 7, 8, 9]]
+    hook = model.register_forward_pre_hook(lambda _, args, kw: read.append(kw["attention_mask"].sum().item()), with_kwargs=True)
+    logits = ttsi.forward(model, rows, past)[0]
+    hook.remove()
+    assert read == [5 + 4 + 5], "each row has its own tokens behind it"
+    for row, got in zip(rows, logits):
+        assert torch.allclose(model(torch.tensor([row])).logits[0, -1], got[-1], atol=1e-4)
+    _, after = ttsi.forward(model, [[5, 6, 7]], past)
+    assert after.cache.get_seq_length() - past.mask.shape[1] == 1, "one token is new"
+
+
+def test_a_draft_that_has_ended_leaves_the_others_alone(embedded):
+    model, tok = embedded
+    cfg, samples = ttsi.Config(), list(ttsi.read_jsonl(HERE / "data/demo.jsonl", ttsi.to_sample).values())[:4]
+    xs = [ttsi.prepare(model, tok, s, cfg) for s in samples]
+    rows = [tok(ttsi.render(tok, x["system"], ttsi.DRAFT + x["request"])[0], add_special_tokens=False).input_ids for x in xs]
+    uniform = torch.rand(4, 60, generator=torch.Generator().manual_seed(0))
+    together = ttsi.decode(model, tok, rows, list(map(len, rows)), 60, None, 1.0, uniform)
+    alone = [ttsi.decode(model, tok, [row], [len(row)], 60, None, 1.0, u[None])[0] for row, u in zip(rows, uniform)]
+    assert together == alone and len({len(tok(t).input_ids) for t in together}) > 1, "they end at different times"
+
+
 
 @pytest.mark.parametrize("name,arguments,request_,verdict", [
     ("cancel_flight", {"city": "Oslo"}, "drop the Oslo flight", ""),
@@ -481,7 +510,7 @@ def test_only_k_pairs_are_trained_on_and_the_closest(llama, tok):
 
 def test_drafts_are_drawn_by_seed_sample_and_number(llama, tok, monkeypatch):
     drawn = []
-    monkeypatch.setattr(ttsi, "decode", lambda m, t, rows, s, l, p, o, temperature, u: drawn.append(u) or ["junk"] * len(rows))
+    monkeypatch.setattr(ttsi, "decode", lambda m, t, rows, s, l, p, temperature, u: drawn.append(u) or ["junk"] * len(rows))
     for seed in (0, 0, 1):
         ttsi.generate(llama, tok, prepared(llama, tok, config())[:2], None, config(drafts=2, attempts=2, seed=seed))
     first, again, other = torch.cat(drawn[:2]), torch.cat(drawn[2:4]), torch.cat(drawn[4:])
@@ -489,13 +518,36 @@ def test_drafts_are_drawn_by_seed_sample_and_number(llama, tok, monkeypatch):
 
 
 def test_any_end_token_stops_an_answer(llama, tok, monkeypatch):
-    x = dict(prepared(llama, tok, config())[1], slot=0)
+    x = prepared(llama, tok, config())[1]
     ids = list(x["ids"])
     for _ in range(4):
         ids.append(llama(torch.tensor([ids])).logits[0, -1].argmax().item())
     end = next(k for k in range(len(x["ids"]) + 1, len(ids)) if ids[k] not in ids[len(x["ids"]):k])
     monkeypatch.setattr(llama.generation_config, "eos_token_id", [tok.eos_token_id, ids[end]])
     assert ttsi.answer(llama, tok, [x], None, config()) == [tok.decode(ids[len(x["ids"]):end])]
+
+
+def test_icl_shows_the_pairs_as_earlier_turns_and_trains_nothing(llama, tok):
+    cfg = config(method="icl", check=False, k=2, tau=2.0, max_new_tokens=4)
+    x = ttsi.tt_si(llama, tok, SAMPLES[:1], cfg, PAIRS)[0]
+    turns = [{"role": "system", "content": x["system"]}]
+    for pair in x["pairs"]:
+        turns += [{"role": "user", "content": pair["request"]}, {"role": "assistant", "content": json.dumps(pair["call"])}]
+    ids = tok.apply_chat_template(turns + [{"role": "user", "content": x["request"]}], add_generation_prompt=True,
+                                  return_dict=True).input_ids
+    new = []
+    for _ in range(4):
+        new.append(llama(torch.tensor([ids + new])).logits[0, -1].argmax().item())
+    assert len(x["pairs"]) == 2 and x["adapted"] == tok.decode(new, skip_special_tokens=True) and "loss" not in x
+    assert x["adapted"] != x["direct"], "the pairs make a difference"
+    long = [{"request": "1 " * 500, "call": {"name": "get", "arguments": {}}}] * 2
+    x = ttsi.tt_si(llama, tok, SAMPLES[:1], cfg, {"a": long})[0]
+    assert len(x["pairs"]) == 2 and x["adapted"] == x["direct"], "pairs that exceed the context are left out"
+
+
+def test_direct_adapts_nothing(llama, tok):
+    x = ttsi.tt_si(llama, tok, SAMPLES[:1], config(method="direct", tau=2.0), PAIRS)[0]
+    assert "margin" in x and "drafts" not in x and "adapted" not in x
 
 
 # ------------------------------------------------------------------------------------------------ scoring
@@ -698,6 +750,103 @@ def test_the_demo_shows_every_step(embedded):
     wrong = [r["margin"] for r in rows if not r["scores"]["direct"]["name"]]
     assert right and wrong and sum(right) / len(right) > sum(wrong) / len(wrong), "margins must be lower on wrong answers"
     assert sum("adapted" in r for r in rows) >= 5, "drafts are accepted for many uncertain samples"
+
+
+# ------------------------------------------------------------------------------------------------ world and experiments
+
+@pytest.fixture(scope="session")
+def world():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(HERE / "data"), *sys.path])
+        import world
+    return world
+
+
+@pytest.fixture
+def lab(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(HERE / "data"), *sys.path])
+    import experiments
+    lab = experiments.Lab(argparse.Namespace(model=ttsi.Config.model, data=str(HERE / "data/demo.jsonl"), limit=6))
+    lab.runs = tmp_path
+    return experiments, lab
+
+
+def test_the_splits_are_what_the_generator_writes(world):
+    for split, n in world.FILES.items():
+        lines = (HERE / f"data/{split}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == list(world.records(split, n, 1, 0)), "world and splits are frozen"
+
+
+def rare(world, request, call):
+    verb, noun = call["name"].split("_")
+    return [any(re.search(rf"\b{w}\b", request) for w in table[word][world.RARE])
+            for table, word in ((world.VERBS, verb), (world.NOUNS, noun))]
+
+
+def test_training_never_answers_a_rare_wording(world):
+    r = random.Random(0)
+    for _ in range(300):
+        tools = world.offer(r, "train", 5)
+        assert rare(world, *world.answer_pair(r, tools[0])) == [False, False]
+        assert rare(world, *world.answer_pair(r, tools[0], shifted=True))[0], "a shifted item words its verb rarely"
+    written = [world.draft_triple(r, world.offer(r, "train", 5)) for _ in range(300)]
+    assert .3 < sum(rare(world, request, call)[0] for _, call, request in written) / 300 < .8, "writing does use them"
+
+
+def test_what_is_written_does_not_depend_on_the_seeds_tool(world):
+    r, same = random.Random(0), 0
+    for _ in range(1000):
+        tools = world.offer(r, "train", 4)
+        seed, call, _ = world.draft_triple(r, tools)
+        said = [t["function"]["name"] for t in tools if any(re.search(rf"\b{w}\b", seed)
+                for ws in world.VERBS[t["function"]["name"].split("_")[0]] for w in ws)]
+        same += call["name"] in said[:1]
+    assert abs(same / 1000 - .25) < .05, "one of four tools by chance (3.6 standard deviations)"
+
+
+def test_training_goes_on_where_it_was_stopped(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "evaluate", lambda *_: "")
+    tok, weights = world.build_tokenizer(), []
+    for minutes in (0, 1e-9):  # at once, or stopped after every step
+        args = argparse.Namespace(seed=0, steps=3, minutes=minutes, hidden=32, layers=1, ff=32, lr=3e-3, muon=.02,
+                                  tied=False, bf16=False, compile=False, threads=2, checkpoint=tmp_path / str(minutes))
+        args.checkpoint.mkdir()
+        for left in range(args.steps if minutes else 1):
+            with pytest.raises(SystemExit) if minutes else contextlib.nullcontext():
+                world.train(args, tok)
+        weights.append(torch.load(args.checkpoint / "state.pt", weights_only=True)["model"])
+    assert all(torch.equal(weights[1][k], v) for k, v in weights[0].items())
+
+
+def test_gating_afterwards_equals_a_gated_run(lab):
+    experiments, lab = lab
+    both = lab.run(0, "--select all")
+    for rows, flags in ((experiments.uncertain(both), ""), (experiments.certain(both), "--select certain")):
+        run = lab.run(0, flags)
+        assert [r["scores"] for r in rows] == [r["scores"] for r in run]
+        a, b = ttsi.summarise(rows), ttsi.summarise(run)
+        assert (a["adapted"], a["verdicts"], a["ttsi"]["call"]) == (b["adapted"], b["verdicts"], b["ttsi"]["call"])
+
+
+def test_controls_do_what_their_names_say(lab):
+    experiments, lab = lab
+    written = lab.run(0, "--select all")
+    assert [r["pairs"] for r in experiments.others_pairs(lab, 0)] == [r["pairs"] for r in written[1:] + written[:1]]
+    for before, row in zip(lab.run(0, "--select all --drafts 8"), experiments.nearest(lab, 0)):
+        named = before["candidates"], before["pairs"][0]["call"]["name"]
+        gold = next(s for s in ttsi.read_jsonl(lab.args.data, ttsi.to_sample).values() if s["id"] == row["id"])["call"]
+        assert row["scores"]["ttsi"]["name"] == (named[1] == gold["name"]) and "train" not in row["cost"]
+    for row in experiments.covering(lab, 0):
+        names = [ttsi.parse(d["text"])["call"]["name"] for d in row["drafts"]]
+        assert sorted(names) == sorted(c["name"] for c in row["candidates"]), "each tool on offer once"
+        assert len(row["pairs"]) == 1
+
+
+def test_statistics_of_the_tables(lab):
+    experiments, _ = lab
+    assert experiments.signs(5, 0) == experiments.signs(0, 5) == 2 / 32 and experiments.signs(3, 3) == 1
+    assert experiments.signs(7, 2) == pytest.approx(2 * (1 + 9 + 36) / 512)
+    assert experiments.auroc([.9, .5, .5, .1], [1, 1, 0, 0]) == (1 + 1 + .5 + 1) / 4 and experiments.auroc([1], [1]) is None
 
 
 # ------------------------------------------------------------------------------------------------ the project

@@ -51,6 +51,8 @@ class Config:
     dtype: str = flag("auto", "auto: float32 on a CPU, else as stored", ("auto", "float32", "bfloat16", "float16"))
     batch_size: int = flag(0, "samples at once; 0: 25 for the embedded model, 1 for any other [ours; paper: 1]", 0)
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
+    method: str = flag("ttsi", "pairs are trained on [paper], or shown in the prompt (icl) [paper: TT-ICL]; direct: none",
+                       ("ttsi", "icl", "direct"))
     tau: float = flag(0.95, "adapt where the margin is below [paper]", 0.0)
     score: str = flag("sum", "log-probability of a name: over its tokens sum [paper] or mean", ("sum", "mean"))
     select: str = flag("uncertain", "samples to adapt [paper, with controls]", ("uncertain", "certain", "all"))
@@ -182,13 +184,15 @@ def user_text(messages):
         turns += [f'call: {dumps(c.get("function", c))}' for c in m.get("tool_calls") or []]
     return "\n".join(turns)
 
-def render(tok, system, user):
-    """-> (prompt text, length of its part that ends with the system text), by the model's own chat template."""
+def render(tok, system, user, shown=()):
+    """-> (prompt, length of its part that ends with the system text), by the chat template; shown pairs are turns."""
+    turns = [(pair["request"], dumps(pair["call"])) for pair in shown] + [(user, "")]
     if not tok.chat_template:
         head = (tok.bos_token or "") + system
-        return f"{head}\n\nRequest: {user}\nAnswer:\n", len(head)
-    for messages in ([{"role": "system", "content": system}, {"role": "user", "content": user}],
-                     [{"role": "user", "content": f"{system}\n\n{user}"}]):  # for templates without a system role
+        return head + "".join(f"\n\nRequest: {ask}\nAnswer:\n{reply}" for ask, reply in turns), len(head)
+    talk = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)][:-1]
+    folded = dict(talk[0], content=f'{system}\n\n{talk[0]["content"]}')  # for templates without a system role
+    for messages in ([{"role": "system", "content": system}, *talk], [folded, *talk[1:]]):
         try:
             text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                            enable_thinking=False, date_string="01 January 2026")
@@ -219,8 +223,7 @@ def pair_tokens(tok, x, pair):
 
 def draw(*key):
     """A torch generator seeded by `key` alone: no draw depends on order, batch, resume or shard."""
-    digest = hashlib.sha256(json.dumps(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(int(hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16], 16) >> 1)
 
 def prepare(model, tok, sample, cfg):
     """What Algorithm 1 may see of a sample: request, tools, prompt. The label stays behind."""
@@ -242,14 +245,15 @@ def prepare(model, tok, sample, cfg):
 # ---------------------------------------------------------------------------------------------- tokens and cache
 Past = namedtuple("Past", "ids cache mask")  # R rows that were read, their key/value cache, (R, slots) which are real
 
-def forward(model, rows, past=None, owner=None, keep=1):
+def forward(model, rows, past=None, keep=1):
     """-> (logits (R, keep, V) at the last `keep` positions of R token rows, the Past that they leave behind).
 
-    Row j continues row owner[j] of `past`, whose tokens are not computed again; `past` is not changed. Rows are
-    padded on the left: all end together, and only the positions that matter go through the head."""
-    owner = list(range(len(rows))) if owner is None else owner
-    past = past or Past([[]] * (max(owner) + 1), None, torch.zeros(max(owner) + 1, 0, dtype=torch.long))
-    assert all(row[:len(past.ids[o])] == past.ids[o] for row, o in zip(rows, owner)), "a row must continue its past"
+    Each row continues the longest row of `past` that it begins with, whose tokens are not computed again; `past` is
+    not changed. Rows are padded on the left: all end together, and only positions that matter go through the head."""
+    past = past or Past([[]], None, torch.zeros(1, 0, dtype=torch.long))
+    owner = list(range(len(rows)))
+    if [row[:-1] for row in rows] != past.ids:  # while decoding they are equal
+        owner = [max((len(ids), o) for o, ids in enumerate(past.ids) if row[:len(ids)] == ids)[1] for row in rows]
     new = [row[len(past.ids[o]):] for row, o in zip(rows, owner)]
     width = max(map(len, new))
     ids = torch.tensor([[0] * (width - len(n)) + n for n in new])  # (R, T)
@@ -270,52 +274,55 @@ def windowed(model):
     """Does a layer see a window of slots only? Padding would then push real tokens out of it."""
     return any(layer.is_sliding for layer in transformers.DynamicCache(config=model.config).layers)
 
-def token_logprobs(model, rows, n, past=None, owner=None):
+def token_logprobs(model, rows, n, past=None):
     """(R, L) log-probability of the last n[j] tokens of row j, L = max(n); right-aligned, 0 elsewhere.
 
         tokens    t0    t1    t2    t3       the logits at one position
         logits    '---> '---> '---> '        predict the token at the next"""
     L = max(n)
     if windowed(model) and len(rows) > 1:  # one by one, unpadded
-        each = [token_logprobs(model, [r], [k], past, owner and [o]) for r, k, o in zip(rows, n, owner or rows)]
+        each = [token_logprobs(model, [row], [k], past) for row, k in zip(rows, n)]
         return torch.cat([torch.nn.functional.pad(logp, (L - logp.shape[1], 0)) for logp in each])
-    logits = forward(model, rows, past, owner, keep=L + 1)[0][:, :-1]  # (R, L, V)
+    logits = forward(model, rows, past, L + 1)[0][:, :-1]  # (R, L, V)
     target = torch.tensor([([0] * L + row)[-L:] for row in rows], device=logits.device)
     logp = logits.float().log_softmax(-1).gather(-1, target[..., None])[..., 0]
     wanted = torch.arange(L) >= L - torch.tensor(n)[:, None]
     return logp.masked_fill(~wanted.to(logp.device), 0.0)
 
 @torch.no_grad()
-def decode(model, tok, rows, start, limit, past=None, owner=None, temperature=0.0, uniform=None):
+def decode(model, tok, rows, start, limit, past=None, temperature=0.0, uniform=None):
     """-> R texts from token start[j] of row j on, each ended by an end token, a closed JSON object, or `limit`.
 
     temperature 0 is greedy; else uniform (R, limit) in [0, 1) goes through the inverse of the cumulative
     distribution: a row's draws are its own, whatever else is in the batch. No generation_config is obeyed."""
     ends = [tok.eos_token_id, model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id]
     ends = {e for end in ends for e in (end if isinstance(end, list) else [end])}
-    texts, live = [""] * len(rows), set(range(len(rows)))
     text = lambda ids: tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    logits, past = forward(model, rows, past, owner)
+    closes = functools.cache(lambda token: "}" in text([token]))
+    texts, at, live = [""] * len(rows), list(range(len(rows))), set(range(len(rows)))
     for t in range(limit):
+        logits, past = forward(model, rows, past)
         token = logits[:, -1].argmax(-1)
         if temperature > 0:
             cdf = (logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)  # (R, V)
-            u = uniform[:, t, None].to(cdf.device) * cdf[:, -1:]
+            u = uniform[at, t, None].to(cdf.device) * cdf[:, -1:]
             token = torch.searchsorted(cdf, u, right=True)[:, 0].clamp(max=cdf.shape[1] - 1)
-        rows = [row + [k] for row, k in zip(rows, token.tolist())]  # what has ended idles on with the others
-        for j in sorted(live):
-            if rows[j][-1] not in ends:
-                texts[j] = text(rows[j][start[j]:])
-            if rows[j][-1] in ends or "}" in text(rows[j][-1:]) and parse(texts[j]) is not None:
-                live.remove(j)
-        if not live or t == limit - 1:
-            return texts
-        logits, past = forward(model, rows, past)
+        rows = [row + [k] for row, k in zip(rows, token.tolist())]
+        for i, row in zip(at, rows):
+            end = row[-1] in ends
+            if i in live and (end or closes(row[-1]) or t == limit - 1):
+                texts[i] = text(row[start[i]:len(row) - end])
+                if end or parse(texts[i]) is not None:
+                    live.remove(i)
+        if not live:
+            break
+        if uniform is not None:  # a draft that has ended leaves the batch; adapters need every row in its place
+            at, rows = zip(*((i, row) for i, row in zip(at, rows) if i in live))
+    return texts
 
 # ---------------------------------------------------------------------------------------------- stages
 def metered(f):
     """Adds the stage's seconds and tokens to each sample's "cost", in equal shares; without samples, does nothing.
-
     Tokens are forward equivalents, padding included. One with a backward pass counts twice: the base is frozen."""
     @functools.wraps(f)
     def stage(model, tok, xs, *args, name=f.__name__, **kw):
@@ -338,25 +345,27 @@ def metered(f):
 @metered
 @torch.no_grad()  # not inference_mode: T's gradients pass through what is cached here
 def prefill(model, tok, xs, rows, past=None):
-    return forward(model, rows, past)[1]
+    return forward(model, list(map(list, dict.fromkeys(map(tuple, rows)))), past)[1]  # equal rows are read once
 
 @metered
-def answer(model, tok, xs, past, cfg):
-    """Greedy answers, one text for each sample."""
-    return decode(model, tok, [x["ids"] for x in xs], [len(x["ids"]) for x in xs], cfg.max_new_tokens, past,
-                  [x["slot"] for x in xs])
+def answer(model, tok, xs, past, cfg, method=""):
+    """Greedy answers, one text for each sample. TT-ICL shows it its pairs, unless they exceed the context."""
+    rows = [x["ids"] for x in xs]
+    if method == "icl":
+        shown = [encode(tok, render(tok, x["system"], x["request"], x["pairs"])[0])[0] for x in xs]
+        rows = [s if len(s) + cfg.max_new_tokens <= x["context"] else x["ids"] for s, x in zip(shown, xs)]
+    return decode(model, tok, rows, [len(row) for row in rows], cfg.max_new_tokens, past)
 
 # ---------------------------------------------------------------------------------------------- H: self-awareness
 @metered
 @torch.no_grad()
 def score(model, tok, xs, past, cfg):
     """H. -> for each sample its N log-probabilities log P(a_n | x), in the order of x["names"].
-
     Summed from the first token of the name through the one that holds the closing quote: without a terminator, a
     name that begins another one could never lose to it."""
     rows, begin = zip(*(candidate for x in xs for candidate in x["candidates"]))
     n = [len(row) - b for row, b in zip(rows, begin)]
-    logp = token_logprobs(model, rows, n, past, [x["slot"] for x in xs for _ in x["names"]]).sum(1).tolist()
+    logp = token_logprobs(model, rows, n, past).sum(1).tolist()
     flat = iter(logp if cfg.score == "sum" else [l / tokens for l, tokens in zip(logp, n)])
     return [[next(flat) for _ in x["names"]] for x in xs]
 
@@ -389,7 +398,7 @@ def generate(model, tok, xs, past, cfg):
         if not rows:
             break
         texts = decode(model, tok, rows, [prompts[i][1] for i in owner], cfg.max_new_tokens, past,
-                       [xs[i]["slot"] for i in owner], cfg.temperature, torch.stack(uniform))
+                       cfg.temperature, torch.stack(uniform))
         for i, text in zip(owner, texts):
             drafts[i].append(judge(tok, parse(text), text, xs[i], drafts[i], cfg))
     return drafts
@@ -400,8 +409,8 @@ def supplied(tok, xs, pairs, cfg):
     for x, mine in zip(xs, drafts):
         for pair in pairs.get(x["id"], []):
             copied = words(str(pair.get("request"))) == words(x["request"])
-            mine.append(judge(tok, {} if copied else pair, dumps(pair), x, mine, cfg))
-            mine[-1]["verdict"] = "copy of the request" if copied else mine[-1]["verdict"]
+            draft = judge(tok, {} if copied else pair, dumps(pair), x, mine, cfg)
+            mine.append(dict(draft, verdict="copy of the request") if copied else draft)
     return drafts
 
 def judge(tok, draft, text, x, before, cfg):
@@ -504,11 +513,11 @@ def train(model, tok, xs, theta, past, cfg):
     rows, begin = zip(*(pair_tokens(tok, x, pair or {"request": x["request"], "call": {}}) for x, pair in padded))
     n = [len(row) - b for row, b in zip(rows, begin)]
     weight = [1 / tokens / len(x["pairs"]) if pair else 0.0 for (x, pair), tokens in zip(padded, n)]
-    weight, owner = torch.tensor(weight, device=model.device), [x["slot"] for x, _ in padded]
+    weight = torch.tensor(weight, device=model.device)
     adamw = torch.optim.AdamW(theta, weight_decay=0.0) if cfg.optimizer == "adamw" else None  # afresh: no old moments
     losses = []
     for step in range(cfg.epochs):
-        logp = token_logprobs(model, rows, n, past, owner)  # (b K, L)
+        logp = token_logprobs(model, rows, n, past)  # (b K, L)
         loss = -(logp.sum(1) * weight).view(len(xs), K).sum(1)  # (b,)
         for p, g in zip(theta, torch.autograd.grad(loss.sum(), theta, allow_unused=True)):
             p.grad = torch.zeros_like(p) if g is None else g
@@ -537,25 +546,25 @@ def tt_si(model, tok, samples, cfg, pairs=None):
         return [row for s in samples for row in tt_si(model, tok, [s], cfg, pairs)]
     rows = [prepare(model, tok, s, cfg) for s in samples]
     xs = [x for x in rows if not x["error"]]
-    note(xs, slot=range(len(xs)))
     tools = prefill(model, tok, xs, [x["ids"][:x["head"]] for x in xs])             # read the tool list once,
     asked = prefill(model, tok, xs, [x["ids"][:-1] for x in xs], tools)             # then the request
 
     note(xs, logp=score(model, tok, xs, asked, cfg))                                # H  l_n = log P(a_n | x)
     note(xs, margin=[certainty(x["logp"]) for x in xs])                             #    u = p(1) - p(2)
-    chosen = [x for x in xs if cfg.select == "all" or (x["margin"] < cfg.tau) == (cfg.select == "uncertain")]
+    chosen = [x for x in xs if cfg.method != "direct"
+              and (cfg.select == "all" or (x["margin"] < cfg.tau) == (cfg.select == "uncertain"))]
 
     note(chosen, drafts=generate(model, tok, chosen, tools, cfg) if pairs is None   # G  (x', y') ~ P( . | x)
          else supplied(tok, chosen, pairs, cfg))
     note(chosen, pairs=[closest(x)[:cfg.k] for x in chosen])
     learners = [x for x in chosen if x["pairs"]]                                    #    no pair, no training
-
+    students = learners if cfg.method == "ttsi" else []                             #    TT-ICL: pairs in the prompt
     past = tools if cfg.adapt == "suffix" else None
-    with adapters(model, learners, cfg) as theta:                                   # T  theta' = theta + LoRA
-        note(learners, loss=train(model, tok, learners, theta, past, cfg))          #    trained on (x', y')
-        note(learners, adapted=answer(model, tok, learners, past, cfg))             #    y ~ theta'
+    with adapters(model, students, cfg) as theta:                                   # T  theta' = theta + LoRA
+        note(students, loss=train(model, tok, students, theta, past, cfg))          #    trained on (x', y')
+        note(learners, adapted=answer(model, tok, learners, past, cfg, cfg.method)) #    y ~ theta'
         if cfg.trace:
-            note(learners, after=score(model, tok, learners, past, cfg, name="trace"))
+            note(students, after=score(model, tok, students, past, cfg, name="trace"))
     # Reset: the block has ended, the adapters are gone; the base parameters were never written.
 
     plain = [x for x in xs if "adapted" not in x or x["labelled"]]                  # y ~ theta for the certain,
@@ -582,13 +591,10 @@ def grade(text, sample):
     """-> {"name": right tool, "call": right tool and arguments}. `accept`, if given, lists what is right instead."""
     call, gold, accept = parse(text or "") or {}, sample["call"], sample.get("accept")
     given, name = call.get("arguments"), call.get("name") == gold["name"]
-    right = name and isinstance(given, dict)
-    if right and accept is None:
-        right = canonical(given) == canonical(gold["arguments"])  # an extra argument is wrong
-    elif right:
-        right = all(key in accept and canonical(v) in map(canonical, accept[key]) for key, v in given.items()) and \
-            all(key in given or "" in values for key, values in accept.items())
-    return {"name": name, "call": right}
+    allowed = {key: [v] for key, v in gold["arguments"].items()} if accept is None else accept
+    return {"name": name, "call": name and isinstance(given, dict)
+            and all(key in allowed and canonical(v) in map(canonical, allowed[key]) for key, v in given.items())
+            and all(key in given or accept is not None and "" in values for key, values in allowed.items())}
 
 def finish(x, sample, cfg):
     """What Algorithm 1 left of a sample -> its row: what is needed to check each decision by hand, and the grades."""
@@ -639,49 +645,43 @@ def summarise(rows):
 
 def table(s, cfg):
     """The summary for people."""
-    number = lambda value, digits=1: "" if value is None else f"{value:.{digits}f}"
-    direct, ttsi = s["direct"], s["ttsi"]
+    direct, ttsi, cell = s["direct"], s["ttsi"], lambda side, key: f"{side[key]:.1f}" if key in side else ""
     times = lambda unit: f" ({ttsi[unit] / direct[unit]:.1f}x)" if 0 < s["compared"] == s["answered"] else ""
     change = ("{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"]), s["wins"], s["losses"]) if (
         s["labelled"]) else [""] * 3
     rows = [("", "name", "call", "difference [95 %]", "wins", "losses", "adapted", "s/sample", "tokens/sample"),
-            ("always first", number(s.get("always_first")), *[""] * 7),
-            ("direct", number(direct.get("name")), number(direct.get("call")), *[""] * 4,
-             number(direct["seconds"], 3), number(direct["tokens"], 0)),
-            ("TT-SI", number(ttsi.get("name")), number(ttsi.get("call")), *change, f'{s["adapted"]}/{s["n"]}',
-             number(ttsi["seconds"], 3) + times("seconds"), number(ttsi["tokens"], 0) + times("tokens"))]
+            ("always first", cell(s, "always_first"), *[""] * 7),
+            ("direct", cell(direct, "name"), cell(direct, "call"), *[""] * 4,
+             f'{direct["seconds"]:.3f}', f'{direct["tokens"]:.0f}'),
+            ("TT-ICL" if cfg.method == "icl" else "TT-SI", cell(ttsi, "name"), cell(ttsi, "call"), *change,
+             f'{s["adapted"]}/{s["n"]}', f'{ttsi["seconds"]:.3f}' + times("seconds"), f'{ttsi["tokens"]:.0f}' + times("tokens"))]
     lines = ["{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format(*row) for row in rows]
     lines += ["", ", ".join(f"{n} drafts: {verdict}" for verdict, n in s["verdicts"].items()) or "no drafts"]
     lines += [f'{s["one_candidate"]} samples offer one tool only: no runner-up, margin 1'] * (s["one_candidate"] > 0)
     lines += [f"not answered, counted as wrong: {i}: {error}" for i, error in s["failed"].items()]
-    if 0 < s["labelled"] < 300:
-        more = "; README.md has the full table" if cfg.data == Config.data else ""
-        lines.append(f'with {s["labelled"]} samples the interval is wide{more}')
-    return "\n".join(lines)
+    wide = f'with {s["labelled"]} samples the interval is wide' + "; README.md has more" * (cfg.data == Config.data)
+    return "\n".join(lines + [wide] * (0 < s["labelled"] < 300))
 
 def trace(tok, x, row, sample, cfg):
     """One sample as the paper's Figure 1 tells it. The label comes last, after all that could not see it."""
-    def bars(candidates):
-        for c in sorted(candidates, key=lambda c: -c["p"]):
-            print(f'  {"#" * round(30 * c["p"]):30} {c["p"]:.3f}  log P {c["logp"]:8.3f}  {c["name"]}')
-    print(f'== {row["id"]}\n\n-- The prompt\n{x["prompt"]}\n\n-- H: how likely is each tool on offer?')
-    bars(row.get("candidates", []))
-    print(f'  {row["error"] or row["decision"]}')
+    show = lambda heading, *lines: print(f"\n-- {heading}", *lines, sep="\n  ")
+    bars = lambda key: [f'{"#" * round(30 * c["p"]):30} {c["p"]:.3f}  log P {c["logp"]:8.3f}  {c["name"]}'
+                        for c in sorted(row.get(key, []), key=lambda c: -c["p"])]
+    show(f'The prompt of {row["id"]}', x["prompt"])
+    show("H: how likely is each tool on offer?", *bars("candidates"), row["error"] or row["decision"])
     if "drafts" in row:
         prompt, head = render(tok, x["system"], DRAFT + x["request"])
-        print(f"\n-- G: the prompt, after the same tools\n{prompt[head:]}\n")
-    for d in row.get("drafts", []):
-        print(f'  {d["text"]}\n  -> {d["verdict"]}')
+        show("G: the prompt, after the same tools; the drafts", prompt[head:], *(
+            f'{d["text"]}\n  -> {d["verdict"]}' for d in row["drafts"]))
     if "adapted" in row:
-        print(f"\n-- T: a temporary LoRA of rank {cfg.lora_rank}, trained on what a request and its call should be")
-        print("\n".join(f'  {pair["request"]}\n  -> {dumps(pair["call"])}' for pair in row["pairs"]))
-        print("\n".join(f"  step {step}: loss {loss}" for step, loss in enumerate(row["loss"], 1)))
-        bars(row["candidates_after"])
-    print(f'\n-- The answer; then everything is reset\n  before: {row.get("direct")}\n  after:  {row["answer"]}')
+        show(f"T: a temporary LoRA of rank {cfg.lora_rank}, trained on" if "loss" in row else "Shown before the request",
+             *(f'{pair["request"]}\n  -> {dumps(pair["call"])}' for pair in row["pairs"]),
+             *(f"step {step}: loss {loss}" for step, loss in enumerate(row.get("loss", []), 1)), *bars("candidates_after"))
+    show("The answer; then everything is reset", f'before: {row.get("direct")}', f'after:  {row["answer"]}')
     if "call" in sample:
-        print(f'\n-- The label, which nothing above has seen\n  {dumps(sample["call"])}')
-        for when, right in (("before", row["scores"]["direct"]), ("after", row["scores"]["ttsi"])):
-            print(f'  {when}: {("wrong", "right tool, wrong arguments", "right")[right["name"] + right["call"]]}')
+        verdict = lambda right: ("wrong", "right tool, wrong arguments", "right")[right["name"] + right["call"]]
+        show("The label, which nothing above has seen", dumps(sample["call"]),
+             f'before: {verdict(row["scores"]["direct"])}', f'after:  {verdict(row["scores"]["ttsi"])}')
 
 # ---------------------------------------------------------------------------------------------- running
 def load(cfg):
@@ -729,8 +729,8 @@ def run(cfg):
     need(not (cfg.trace and cfg.output), "--trace tells one sample and writes no --output; give one of them")
     samples = read_jsonl(cfg.data, to_sample)
     wanted = [cfg.trace] if cfg.trace else [i for i in cfg.ids.split(",") if i] or list(samples)
-    missing = [i for i in wanted if i not in samples]
-    need(not missing, f'{cfg.data}: no sample has the id {", ".join(missing)}; the first is {next(iter(samples))}')
+    for i in wanted:
+        need(i in samples, f"{cfg.data}: no sample has the id {i}; the first is {next(iter(samples))}")
     samples = [samples[i] for i in samples if i in set(wanted)][:cfg.limit or None]
     pairs = read_jsonl(cfg.pairs, to_pairs) if cfg.pairs else None
     need(not pairs or any(s["id"] in pairs for s in samples), f"{cfg.pairs}: no pairs for any sample of {cfg.data}")
