@@ -13,7 +13,7 @@
     python ttsi.py --model Qwen/Qwen2.5-0.5B-Instruct --data calls.jsonl --output runs/qwen.jsonl
 
 Departures from the paper, and choices where it is silent (--paper sets everything that it states):
- 1. Drafts must pass label-free checks (--check). 2. A pair is written call first, request second.
+ 1. Four drafts must pass label-free checks (--check); the closest to x is trained on. 2. A pair is written call first.
  3. SGD, normalised per adapter, is the default. The paper gives lr 1e-4, whose optimiser we take to be AdamW
     (--optimizer), and 3 % warm-up, less than one of its five steps: there is none here.
  4. The adapter acts behind the tool list only (--adapt suffix): one key/value cache of it serves every stage.
@@ -57,7 +57,7 @@ class Config:
     score: str = flag("sum", "log-probability of a name: over its tokens sum [paper] or mean", ("sum", "mean"))
     select: str = flag("uncertain", "samples to adapt [paper, with controls]", ("uncertain", "certain", "all"))
     k: int = flag(1, "pairs to train on [paper]", 1)
-    drafts: int = flag(1, "drafts at once, at least k; of those that pass, the k closest to x stay [ours]", 1)
+    drafts: int = flag(4, "at once; of those that pass, the k closest to x are kept [ours; paper: 1]", 1)
     attempts: int = flag(4, "times that drafts are written, until k pass [ours; paper: 1]", 1)
     temperature: float = flag(1.0, "of the drafts; answers are greedy [ours]", 0.0)
     check: bool = flag(True, "only drafts that pass the label-free checks are kept [ours]")
@@ -474,7 +474,7 @@ def delta(x, parameters, cfg):
         x --+-- W, frozen ------------------------------+--> y
             '-- A (d_in, r) -- B (r, d_out) -- alpha/r -'"""
     A, B = parameters
-    return cfg.lora_alpha / cfg.lora_rank * (x @ A @ B)
+    return x @ A * (cfg.lora_alpha / cfg.lora_rank) @ B
 
 def linear_layers(model):
     """All linear layers but the head; GPT-2's Conv1D is one."""

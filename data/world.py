@@ -1,6 +1,6 @@
 """The embedded world: its tools, its data, its tokenizer and its model, all from one seed.
 
-    python data/world.py                # everything, about an hour on two CPU cores; a killed run goes on where it was
+    python data/world.py                # everything, half an hour on two CPU cores; a killed run goes on where it was
     python data/world.py --data-only    # the jsonl files alone, in seconds
 
 **World.** 24 verbs x 30 objects = 720 tools such as `cancel_flight`, split by name. A request says the verb, the
@@ -353,10 +353,10 @@ ROWS = 12  # rows in a batch
 COPY, WRITING, ANSWER = range(3)
 
 
-def plan(done):
-    """The curriculum: -> (numbers of tools to choose from, share of copy rows), by the share of steps done."""
-    tools = [2, 2, 3] if done < .06 else [2, 3, 4, 5] if done < .15 else [3, 4, 4, 4, 5, 5]
-    return tools, .6 if done < .05 else .4 if done < .15 else .2 if done < .4 else .04
+def plan(step):
+    """The curriculum: -> (numbers of tools to choose from, share of copy rows)."""
+    tools = [2, 2, 3] if step < 660 else [2, 3, 4, 5] if step < 1650 else [3, 4, 4, 4, 5, 5]
+    return tools, .6 if step < 550 else .4 if step < 1650 else .2 if step < 3000 else .04
 
 
 def copy_row(r, words, _):
@@ -420,11 +420,11 @@ class Weigher:
         return out
 
 
-def batch(seed, step, steps, tok, weigher):
+def batch(seed, step, tok, weigher):
     """-> ids, labels, weights, classes, kinds, positions (B, T) and mask (B, 1, T, T); a function of (seed, step)."""
     import torch
     r = random.Random(draw(seed, "batch", step))
-    sizes, copy = plan(step / steps)
+    sizes, copy = plan(step)
     heads, branches = [], []
     for _ in range(ROWS):
         tools = offer(r, "train", r.choice(sizes))
@@ -572,7 +572,7 @@ def train(args, tok):
         muon.lr = args.muon * rate
         for group in adam.param_groups:
             group["lr"] = args.lr * rate
-        ids, labels, weights, classes, kinds, positions, sees = batch(args.seed, step, args.steps, tok, weigher)
+        ids, labels, weights, classes, kinds, positions, sees = batch(args.seed, step, tok, weigher)
         target = labels[:, 1:] >= 0
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
             bias = torch.zeros(sees.shape, dtype=torch.bfloat16 if args.bf16 else torch.float32)
