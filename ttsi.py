@@ -51,13 +51,13 @@ class Config:
     dtype: str = flag("auto", "auto: float32 on a CPU, else as stored", ("auto", "float32", "bfloat16", "float16"))
     batch_size: int = flag(0, "samples at once; 0: 25 for the embedded model, 1 for any other [ours; paper: 1]", 0)
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
-    method: str = flag("ttsi", "pairs are trained on [paper], or shown in the prompt (icl) [paper: TT-ICL]; direct: none",
-                       ("ttsi", "icl", "direct"))
+    method: str = flag("ttsi", "train on the pairs, icl: show them [paper], direct: neither", ("ttsi", "icl", "direct"))
     tau: float = flag(0.95, "adapt where the margin is below [paper]", 0.0)
     score: str = flag("sum", "log-probability of a name: over its tokens sum [paper] or mean", ("sum", "mean"))
     select: str = flag("uncertain", "samples to adapt [paper, with controls]", ("uncertain", "certain", "all"))
     k: int = flag(1, "pairs to train on [paper]", 1)
     drafts: int = flag(4, "at once; of those that pass, the k closest to x are kept [ours; paper: 1]", 1)
+    cover: bool = flag(False, "the tools of the drafts are forced in turn, the likeliest first [ours]")
     attempts: int = flag(4, "times that drafts are written, until k pass [ours; paper: 1]", 1)
     temperature: float = flag(1.0, "of the drafts; answers are greedy [ours]", 0.0)
     check: bool = flag(True, "only drafts that pass the label-free checks are kept [ours]")
@@ -383,24 +383,24 @@ def certainty(logp):
 def generate(model, tok, xs, past, cfg):
     """G. The model writes drafts, up to `attempts` times, until K pass -> for each sample [{text, verdict, pair}]."""
     drafts, prompts = [[] for _ in xs], [render(tok, x["system"], DRAFT + x["request"])[0] for x in xs]
-    prompts = [encode(tok, prompt, len(prompt)) for prompt in prompts]  # ids, and where the draft begins
     for _ in range(cfg.attempts):
-        rows, uniform, owner = [], [], []
-        for i, x in enumerate(xs):
-            missing = cfg.k - sum(d["pair"] is not None for d in drafts[i])
-            if len(prompts[i][0]) + cfg.max_new_tokens > x["context"]:
-                drafts[i] = [{"text": "", "verdict": "the prompt for drafts exceeds the context", "pair": None}]
-            elif missing > 0:
-                for d in range(len(drafts[i]), len(drafts[i]) + max(cfg.drafts, missing)):
-                    rows.append(prompts[i][0])
-                    uniform.append(torch.rand(cfg.max_new_tokens, generator=draw(cfg.seed, x["id"], "draft", d)))
-                    owner.append(i)
+        rows, start, uniform, owner = [], [], [], []
+        for x, prompt, mine in zip(xs, prompts, drafts):
+            ids, begin = encode(tok, prompt, len(prompt))
+            missing = cfg.k - sum(d["pair"] is not None for d in mine)
+            numbers = range(len(mine), len(mine) + max(cfg.drafts, missing) * (missing > 0))
+            names = [name for _, name in sorted(zip(x.get("logp", []), x["names"]), reverse=True)]
+            new = [name_tokens(tok, prompt + '{"call": ', names[d % len(names)])[0] if cfg.cover else ids for d in numbers]
+            if max(map(len, [ids] + new)) + cfg.max_new_tokens > x["context"]:
+                mine[:] = [{"text": "", "verdict": "the prompt for drafts exceeds the context", "pair": None}]
+                continue
+            rows, start, owner = rows + new, start + [begin] * len(new), owner + [(x, mine)] * len(new)
+            uniform += [torch.rand(cfg.max_new_tokens, generator=draw(cfg.seed, x["id"], "draft", d)) for d in numbers]
         if not rows:
             break
-        texts = decode(model, tok, rows, [prompts[i][1] for i in owner], cfg.max_new_tokens, past,
-                       cfg.temperature, torch.stack(uniform))
-        for i, text in zip(owner, texts):
-            drafts[i].append(judge(tok, parse(text), text, xs[i], drafts[i], cfg))
+        texts = decode(model, tok, rows, start, cfg.max_new_tokens, past, cfg.temperature, torch.stack(uniform))
+        for (x, mine), text in zip(owner, texts):
+            mine.append(judge(tok, parse(text), text, x, mine, cfg))
     return drafts
 
 def supplied(tok, xs, pairs, cfg):

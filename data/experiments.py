@@ -32,13 +32,13 @@ class Lab:
     """Where runs are kept: one folder per version of ttsi.py and of the model's weights, so that none is stale."""
 
     def __init__(self, args):
-        self.args, self.model = args, Path(args.model)
+        self.args = args
         digest = hashlib.sha256((HERE.parent / "ttsi.py").read_bytes())
-        for weights in sorted(self.model.glob("*.safetensors")):
+        for weights in sorted(Path(args.model).glob("*.safetensors")):
             digest.update(weights.read_bytes())
         self.runs = HERE.parent / "runs" / digest.hexdigest()[:12]
         self.runs.mkdir(parents=True, exist_ok=True)
-        self.loaded = None
+        self.loaded, self.embedded = None, args.model == ttsi.Config.model
 
     def config(self, seed, flags=""):
         return ttsi.parse_flags(["--model", self.args.model, "--data", self.args.data, "--seed", str(seed),
@@ -128,36 +128,6 @@ def nearest(lab, seed, flags="--select all"):
     return out
 
 
-@ttsi.metered
-def cover(model, tok, xs, tools, cfg):
-    """One draft for each tool on offer, its name forced -> texts, in the order of x["names"], sample by sample."""
-    rows, begin, uniform = [], [], []
-    for x in xs:
-        prompt = ttsi.render(tok, x["system"], ttsi.DRAFT + x["request"])[0]
-        for name in x["names"]:
-            rows.append(ttsi.name_tokens(tok, prompt + '{"call": ', name)[0])
-            begin.append(ttsi.encode(tok, prompt, len(prompt))[1])
-            uniform.append(torch.rand(cfg.max_new_tokens, generator=ttsi.draw(cfg.seed, x["id"], "cover", name)))
-    return ttsi.decode(model, tok, rows, begin, cfg.max_new_tokens, tools, cfg.temperature, torch.stack(uniform))
-
-
-def covering(lab, seed):
-    """Adapted to the closest of one draft for each tool on offer."""
-    cfg, pairs, costs = lab.config(seed), {}, {}
-    model, tok, batches = lab.batches(cfg)
-    for samples in batches:
-        xs, tools = start(model, tok, samples, cfg)
-        texts = iter(cover(model, tok, xs, tools, cfg))
-        for x in xs:
-            drafts = [ttsi.parse(next(texts)) for _ in x["names"]]
-            pairs[x["id"]] = [d for d in drafts if ttsi.fits(d, {"request": str, "call": ttsi.CALL})]
-            costs[x["id"]] = x["cost"]["cover"]
-    rows = lab.run(seed, f"--select all --pairs {lab.pairs(seed, 'covering', pairs)}")
-    for row in rows:
-        row["cost"]["generate"] = costs[row["id"]]
-    return rows
-
-
 def dose(lab, seed, shift):
     """The same run on items of which this share is shifted."""
     split, n = Path(lab.args.data).stem, min(250, world.FILES[Path(lab.args.data).stem])
@@ -189,7 +159,8 @@ GROUPS = {  # group -> (seeds, [(label, what the README calls a command, rows of
     "main": (5, [(label, flags, lambda lab, s, flags=flags: lab.run(s, flags)) for label, flags in (
         ("first draft, unchecked", "--k 1 --drafts 1 --no-check --attempts 1"),
         ("first accepted draft", "--k 1 --drafts 1"), ("closest of 4 drafts (the default)", "--k 1 --drafts 4"),
-        ("closest of 8 drafts", "--k 1 --drafts 8"), ("4 pairs of 4 drafts", "--k 4 --drafts 4"))]),
+        ("the same, tools forced in turn", "--k 1 --drafts 4 --cover"), ("closest of 8 drafts", "--k 1 --drafts 8"),
+        ("4 pairs of 4 drafts", "--k 4 --drafts 4"))]),
     "controls": (2, [
         ("adapt all", "--select all", lambda lab, s: lab.run(s, "--select all")),
         ("adapt only the certain", "--select certain", lambda lab, s: certain(lab.run(s, "--select all"))),
@@ -197,7 +168,6 @@ GROUPS = {  # group -> (seeds, [(label, what the README calls a command, rows of
         ("another item's pairs, adapt all", "`others_pairs`", others_pairs),
         ("closest draft's tool, no training", "`nearest`", lambda lab, s: uncertain(nearest(lab, s))),
         ("closest draft's tool, no training, all", "`nearest`", nearest),
-        ("one draft per tool, names forced", "`covering`", lambda lab, s: uncertain(covering(lab, s))),
         ("the paper's rate and optimiser", "--paper", lambda lab, s: lab.run(s, "--paper")),
         ("the pairs in the prompt, no training (TT-ICL)", "--method icl",
          lambda lab, s: lab.run(s, f"--method icl --pairs {lab.path(s)}")),
@@ -207,7 +177,8 @@ GROUPS = {  # group -> (seeds, [(label, what the README calls a command, rows of
     "tune-G": (2, [(flags, flags, lambda lab, s, flags=flags: lab.run(s, flags)) for flags in (
         "--drafts 1", "--drafts 1 --no-check --attempts 1", "--drafts 1 --attempts 1", "--drafts 1 --temperature 0.7",
         "--drafts 1 --temperature 1.3", "--drafts 2", "--drafts 4", "--drafts 8", "--drafts 16", "--k 2 --drafts 2",
-        "--k 2 --drafts 8", "--k 4 --drafts 4", "--k 4 --drafts 8", "--k 4 --drafts 16", "--k 8 --drafts 8")]),
+        "--k 2 --drafts 8", "--drafts 2 --cover", "--drafts 4 --cover", "--drafts 8 --cover",
+        "--k 2 --drafts 4 --cover", "--k 4 --drafts 4", "--k 4 --drafts 8", "--k 4 --drafts 16", "--k 8 --drafts 8")]),
     # every row trains on the same pairs
     "tune-T": (2, [(flags, flags, lambda lab, s, flags=flags: lab.run(s, f"{flags} --pairs {lab.path(s, '--drafts 1')}"))
                    for flags in (*(f"--lr {x}" for x in (.03, .05, .07, .1, .14, .2, .3)),
@@ -246,8 +217,8 @@ def pooled(runs):
         "items better": wins, "items worse": losses, "p": signs(wins, losses), "adapted": mean(lambda s: s["adapted"]),
         **{unit: mean(lambda s: s["ttsi"][unit] / s["direct"][unit]) for unit in ("tokens", "seconds")},
         "drafts kept": [sum(v == "kept" for v in verdicts), len(verdicts)],
-        "auroc": {kind: statistics.mean(auroc([r["margin"] for r in rows], [r["scores"]["direct"][kind] for r in rows])
-                                        or 0 for rows in runs) for kind in ("name", "call")}}
+        "auroc": {kind: auroc([r["margin"] for rows in runs for r in rows],
+                              [r["scores"]["direct"][kind] for rows in runs for r in rows]) for kind in ("name", "call")}}
 
 
 def markdown(lines):
@@ -285,13 +256,14 @@ def main():
     for group in args.groups or [g for g in GROUPS if "tune" not in g]:
         seeds, lines = GROUPS[group]
         file = HERE / "results" / f"{stem}-{group}.json"
-        found = {}
+        found = json.loads(file.read_text(encoding="utf-8")) if args.only and lab.embedded and file.exists() else {}
         for label, flags, rows in lines:
             if args.only in label + flags:
                 found[label] = pooled([rows(lab, s) for s in range(args.seeds or seeds)]) | {"flags": flags}
                 print(json.dumps({label: found[label]}), flush=True)
+        found = {label: found[label] for label, *_ in lines if label in found}
         print(markdown(found))
-        if lab.model == Path(ttsi.Config.model) and not args.only and not args.limit:
+        if lab.embedded and not args.limit:
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(found, indent=1), encoding="utf-8")
             publish(stem, group, markdown(found))
