@@ -854,6 +854,17 @@ def test_statistics_of_the_tables(lab):
     assert experiments.auroc([.9, .5, .5, .1], [1, 1, 0, 0]) == (1 + 1 + .5 + 1) / 4 and experiments.auroc([1], [1]) is None
 
 
+def test_the_tables_are_those_of_the_results(lab):
+    experiments, _ = lab
+    blocks = [block for readme in ("README.md", "data/README.md") for block in re.findall(
+        r"<!-- table (\S+) (\S+) -->\n(.*?)<!-- end -->", (HERE / readme).read_text(), re.S)]
+    for stem, group, text in blocks:
+        found = json.loads((HERE / f"data/results/{stem}-{group}.json").read_text())
+        assert text == experiments.markdown(found), f"run `python data/experiments.py {group}` on {stem}"
+        assert list(found) == [label for label, *_ in experiments.GROUPS[group][1]], "a row is missing"
+    assert {(stem, group) for stem, group, _ in blocks} >= {("test", "main"), ("test", "controls"), ("test", "dose")}
+
+
 # ------------------------------------------------------------------------------------------------ the project
 
 def test_imports_and_layout():

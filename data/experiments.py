@@ -227,7 +227,7 @@ def markdown(lines):
     for label, r in lines.items():
         flags = f'`{r["flags"]}`' if r["flags"].startswith("-") else r["flags"]
         sd = "" if r["sd"] is None else f'{r["sd"]:.1f}'
-        text.append(f'| {label} | {flags} | {r["ttsi"]["call"]:.1f} | {r["difference"]:+.1f} '
+        text.append(f'| {label if label != r["flags"] else ""} | {flags} | {r["ttsi"]["call"]:.1f} | {r["difference"]:+.1f} '
                     f'[{r["interval"][0]:+.1f}, {r["interval"][1]:+.1f}] | {sd} | {r["items better"]} / '
                     f'{r["items worse"]} | {r["adapted"]:.0f}/{r["n"]} | {r["tokens"]:.1f}x |')
     return "\n".join(text) + "\n"
