@@ -308,10 +308,11 @@ def test_rows_continue_the_longest_past_and_equal_ones_are_read_once(model, tok,
     past = ttsi.prefill(model, tok, xs, [[5, 6], [5, 6, 7, 8], [5, 6]])
     assert past.ids == [[5, 6], [5, 6, 7, 8]], "two rows of three are different"
     read, rows = [], [[5, 6, 7, 8, 9], [5, 6, 9, 9], [5, 6, 7, 8, 9]]
-    hook = model.register_forward_pre_hook(lambda _, args, kw: read.append(kw["attention_mask"].sum().item()), with_kwargs=True)
+    hook = model.register_forward_pre_hook(lambda _, args, kw: read.append(
+        (tuple(kw["input_ids"].shape), kw["attention_mask"].sum().item())), with_kwargs=True)
     logits = ttsi.forward(model, rows, past)[0]
     hook.remove()
-    assert read == [5 + 4 + 5], "each row has its own tokens behind it"
+    assert read == [((3, 2), 5 + 4 + 5)], "two tokens at most are new, and each row has its own behind it"
     for row, got in zip(rows, logits):
         assert torch.allclose(model(torch.tensor([row])).logits[0, -1], got[-1], atol=1e-4)
     _, after = ttsi.forward(model, [[5, 6, 7]], past)
