@@ -263,7 +263,7 @@ def main():
                 print(json.dumps({label: found[label]}), flush=True)
         found = {label: found[label] for label, *_ in lines if label in found}
         print(markdown(found))
-        if lab.embedded and not args.limit:
+        if lab.embedded and not args.limit and not args.seeds:  # a partial run is looked at, not published
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps(found, indent=1), encoding="utf-8")
             publish(stem, group, markdown(found))
