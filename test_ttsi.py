@@ -119,8 +119,7 @@ def test_margin_closed_form():
 def test_scores_equal_one_candidate_at_a_time_with_its_whole_prompt(model, tok, mode):
     cfg = config(score=mode)
     xs = prepared(model, tok, cfg)
-    tools = ttsi.prefill(model, tok, xs, [x["ids"][:x["head"]] for x in xs])
-    asked = ttsi.prefill(model, tok, xs, [x["ids"][:-1] for x in xs], tools)
+    _, asked = ttsi.prefill(model, tok, xs, [])
     for x, got in zip(xs, ttsi.score(model, tok, xs, asked, cfg)):
         for name, g in zip(x["names"], got):
             answer = '{"name": "' + name + '", "arguments": {}}'
@@ -144,7 +143,7 @@ def test_a_name_that_begins_another_is_scored_with_its_terminator(tok):
 def test_greedy_decoding_equals_the_whole_text_recomputed_for_each_token(model, tok):
     cfg = config()
     xs = prepared(model, tok, cfg)
-    tools = ttsi.prefill(model, tok, xs, [x["ids"][:x["head"]] for x in xs])
+    tools, _ = ttsi.prefill(model, tok, xs, [])
     for past in (None, tools):
         got = ttsi.answer(model, tok, xs, past, cfg)
         for x, text in zip(xs, got):
@@ -172,7 +171,7 @@ def test_sampling_follows_the_distribution_and_no_neighbour(llama, tok):
 
 def test_forward_leaves_the_past_as_it_was(llama, tok):
     xs = prepared(llama, tok, config())
-    tools = ttsi.prefill(llama, tok, xs, [x["ids"][:x["head"]] for x in xs])
+    tools, _ = ttsi.prefill(llama, tok, xs, [])
     keys = [layer.keys.clone() for layer in tools.cache.layers]
     ttsi.answer(llama, tok, xs, tools, config())
     assert all(torch.equal(k, layer.keys) for k, layer in zip(keys, tools.cache.layers))
@@ -192,11 +191,11 @@ def test_a_hooked_layer_is_w_plus_s_b_a(llama, tok):
     layer = llama.model.layers[0].self_attn.q_proj
     with ttsi.adapters(llama, prepared(llama, tok, cfg)[:2], cfg) as theta:
         A, B = theta[:2]
-        assert A.shape == (2, 32, 3) and A.abs().max() <= 32 ** -0.5 and not B.any()
+        assert A.shape == (2, 3, 32) and A.abs().max() <= 32 ** -0.5 and not B.any()
         assert torch.equal(layer(x), F.linear(x, layer.weight)), "B = 0 must change nothing"
         B.data.normal_()
         for row in range(4):
-            W = layer.weight + 5 / 3 * (A[row // 2] @ B[row // 2]).T
+            W = layer.weight + 5 / 3 * (A[row // 2].T @ B[row // 2]).T
             assert torch.allclose(layer(x)[row], F.linear(x[row], W), atol=1e-4)
         assert layer(x.reshape(24, 32)).shape == (24, 32), "rows flattened before the layer"
     assert torch.equal(layer(x), F.linear(x, layer.weight)) and not hooks(llama)
@@ -218,7 +217,7 @@ class Naive(torch.nn.Module):
         self.layer, self.A, self.B, self.s, self.mask = layer, A, B, s, mask
 
     def forward(self, x):
-        return self.layer(x) + self.s * (x @ self.A @ self.B) * self.mask[0][:x.shape[1], None]
+        return self.layer(x) + self.s * (x @ self.A.T @ self.B) * self.mask[0][:x.shape[1], None]
 
 
 def naive_train(model, tok, x, cfg, A0):
@@ -262,7 +261,7 @@ def naive_train(model, tok, x, cfg, A0):
 def test_training_a_ragged_batch_equals_serial_naive_loops(model, tok, adapt, optimizer, lr):
     cfg = config(adapt=adapt, optimizer=optimizer, lr=lr, epochs=3)
     xs = prepared(model, tok, cfg)  # two pairs, one pair, none
-    past = ttsi.prefill(model, tok, xs, [x["ids"][:x["head"]] for x in xs]) if adapt == "suffix" else None
+    past = ttsi.prefill(model, tok, xs, [])[0] if adapt == "suffix" else None
     with ttsi.adapters(model, xs, cfg) as theta:
         start = [A.detach().clone() for A in theta[::2]]
         losses = ttsi.train(model, tok, xs, theta, past, cfg)
@@ -279,23 +278,24 @@ def test_training_a_ragged_batch_equals_serial_naive_loops(model, tok, adapt, op
 def test_suffix_gradients_equal_a_full_forward_with_the_adapter_masked(model, tok):
     cfg = config(epochs=1, adapt="suffix")
     xs = prepared(model, tok, cfg)[:1]
-    past = ttsi.prefill(model, tok, xs, [x["ids"][:x["head"]] for x in xs])
+    past, _ = ttsi.prefill(model, tok, xs, [])
     rows, n = [xs[0]["ids"] + [20, 21, 22]], [3]
 
     def gradients(masked):
         with ttsi.adapters(model, xs, cfg) as theta:
             for B in theta[1::2]:
                 B.data.copy_(torch.randn(B.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
-            keep = ttsi.delta
+            keep = ttsi.adapted
             if masked:
-                def only_suffix(x, parameters, cfg):
-                    return keep(x, parameters, cfg) * (torch.arange(x.shape[1]) >= xs[0]["head"]).float()[None, :, None]
-                ttsi.delta = only_suffix
+                def only_suffix(x, y, parameters, cfg):
+                    behind = (torch.arange(x.shape[1]) >= xs[0]["head"])[None, :, None]
+                    return torch.where(behind, keep(x, y, parameters, cfg), y)
+                ttsi.adapted = only_suffix
             try:
                 loss = ttsi.token_logprobs(model, rows, n, None if masked else past).sum()
                 return torch.autograd.grad(loss, theta)
             finally:
-                ttsi.delta = keep
+                ttsi.adapted = keep
     got, want = gradients(False), gradients(True)
     scale = max(g.abs().max() for g in want)
     assert max((g - w).abs().max() for g, w in zip(got, want)) < 1e-4 * scale
@@ -303,20 +303,63 @@ def test_suffix_gradients_equal_a_full_forward_with_the_adapter_masked(model, to
 
 # ------------------------------------------------------------------------------------------------ G
 
-def test_rows_continue_the_longest_past_and_equal_ones_are_read_once(model, tok, monkeypatch):
-    xs = [{"cost": {}} for _ in range(3)]
-    past = ttsi.prefill(model, tok, xs, [[5, 6], [5, 6, 7, 8], [5, 6]])
-    assert past.ids == [[5, 6], [5, 6, 7, 8]], "two rows of three are different"
-    read, rows = [], [[5, 6, 7, 8, 9], [5, 6, 9, 9], [5, 6, 7, 8, 9]]
-    hook = model.register_forward_pre_hook(lambda _, args, kw: read.append(
-        (tuple(kw["input_ids"].shape), kw["attention_mask"].sum().item())), with_kwargs=True)
-    logits = ttsi.forward(model, rows, past)[0]
-    hook.remove()
-    assert read == [((3, 2), 5 + 4 + 5)], "two tokens at most are new, and each row has its own behind it"
+def reading(model, f):
+    """-> (f(), for each forward pass the shape of its tokens)"""
+    shapes = []
+    hook = model.register_forward_pre_hook(lambda _, args, kw: shapes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
+    try:
+        return f(), shapes
+    finally:
+        hook.remove()
+
+
+def test_rows_continue_the_longest_past(model):
+    _, past = ttsi.forward(model, [[5, 6], [5, 6, 7, 8]])
+    rows = [[5, 6, 7, 8, 9], [5, 6, 9, 9], [5, 6, 7, 8, 9]]
+    (logits, after), shapes = reading(model, lambda: ttsi.forward(model, rows, past))
+    assert shapes == [(3, 2)], "two tokens at most are new"
+    assert after.mask.sum(1).tolist() == [5, 4, 5], "each row has its own behind it"
     for row, got in zip(rows, logits):
         assert torch.allclose(model(torch.tensor([row])).logits[0, -1], got[-1], atol=1e-4)
-    _, after = ttsi.forward(model, [[5, 6, 7]], past)
-    assert after.cache.get_seq_length() - past.mask.shape[1] == 1, "one token is new"
+    short = past._replace(ids=[[5, 6], [5]], mask=past.mask * torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]))
+    (logits, _), shapes = reading(model, lambda: ttsi.forward(model, [[5, 9, 4]], short))
+    assert shapes == [(1, 2)] and torch.allclose(model(torch.tensor([[5, 9, 4]])).logits[0, -1], logits[0, -1], atol=1e-4), \
+        "what the cache holds beyond the tokens that a past claims is seen"
+
+
+@torch.no_grad()
+def test_a_past_can_be_continued_in_several_ways_at_once(model):
+    _, past = ttsi.forward(model, [[5, 6], [7, 8]])
+    _, past = ttsi.forward(model, [[5, 6, 1], [7, 8, 1]], past)  # from here on it grows in place
+    kept = [layer.keys.clone() for layer in past.cache.layers]
+    rows = [[[5, 6, 1, k], [7, 8, 1, k]] for k in (2, 3)]
+    ends = [ttsi.forward(model, r, past)[1] for r in rows]  # both take the next slot
+    for r, end in zip(rows, ends):
+        longer = [row + [4] for row in r]
+        logits, _ = ttsi.forward(model, longer, end)
+        assert torch.allclose(logits[:, -1], model(torch.tensor(longer)).logits[:, -1], atol=1e-4), "the other one's token"
+    assert all(torch.equal(k, layer.keys) for k, layer in zip(kept, past.cache.layers))
+
+
+def test_tools_are_read_once_for_all_that_offer_them(model, tok):
+    cfg, memory = config(shuffle=False), []
+    xs = prepared(model, tok, cfg)
+    ask = lambda x, request: ttsi.prepare(model, tok, {"id": request, "tools": x["tools"],
+                                                       "messages": [{"role": "user", "content": request}]}, cfg)
+    first, more = ask(xs[0], "one"), [ask(xs[0], "two two"), ask(xs[0], "three three three")]
+    long, total = lambda x: len(x["ids"]) - 1, lambda shapes: sum(b * n for b, n in shapes)
+    _, shapes = reading(model, lambda: ttsi.prefill(model, tok, [first], memory))
+    assert shapes == [(1, long(first))], "one prompt is read in one pass"
+    (_, asked), shapes = reading(model, lambda: ttsi.prefill(model, tok, more, memory))
+    assert shapes == [(2, max(map(long, more)) - first["head"])], "the tools of the last call are read again"
+    (_, apart), shapes = reading(model, lambda: ttsi.prefill(model, tok, more, []))
+    assert shapes == [(1, first["head"]), (2, max(map(long, more)) - first["head"])], "one list is read twice"
+    for past in (asked, apart):
+        for x, got in zip(more, ttsi.forward(model, [x["ids"] for x in more], past)[0]):
+            assert torch.allclose(model(torch.tensor([x["ids"]])).logits[0, -1], got[-1], atol=1e-3)
+    _, shapes = reading(model, lambda: ttsi.prefill(model, tok, xs[1:], memory))
+    assert total(shapes) >= sum(map(long, xs[1:])) and len(memory) == 1, "other tools are not those in memory"
+
 
 
 def test_a_draft_that_has_ended_leaves_the_others_alone(embedded):
@@ -671,7 +714,9 @@ def test_bad_flags_end_in_one_line_and_exit_code_2(argv, complaint):
 
 def test_flags():
     flags = ttsi.parse_flags(["--paper", "--max_new_tokens=9", "--no-shuffle", "--epochs", "2"])
-    assert dataclasses.asdict(flags).items() >= (ttsi.PAPER | {"epochs": 2, "max_new_tokens": 9, "shuffle": False}).items()
+    stated = dict(tau=0.95, k=1, drafts=1, attempts=1, check=False, lora_rank=8, lora_alpha=16.0, optimizer="adamw",
+                  lr=1e-4, adapt="full", epochs=2, max_new_tokens=9, shuffle=False)
+    assert dataclasses.asdict(flags).items() >= stated.items()
     with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
         ttsi.parse_flags(["-h"])
     assert all("--" + f.name.replace("_", "-") in text.getvalue() for f in dataclasses.fields(ttsi.Config))

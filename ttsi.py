@@ -14,15 +14,14 @@
 
 Departures from the paper, and choices where it is silent (--paper sets everything that it states):
  1. Four drafts must pass label-free checks (--check); the closest to x is trained on. 2. A pair is written call first.
- 3. SGD, normalised per adapter, is the default. The paper gives lr 1e-4, whose optimiser we take to be AdamW
-    (--optimizer), and 3 % warm-up, less than one of its five steps: there is none here.
+ 3. SGD, normalised per adapter. The paper's lr 1e-4 must be AdamW's (--optimizer); no warm-up, 3 % of five steps.
  4. The adapter acts behind the tool list only (--adapt suffix): one key/value cache of it serves every stage.
  5. Tools are offered in a seeded order (--shuffle): benchmarks tend to list the right one first.
  6. b samples are processed at once, each with an adapter of its own (--batch-size): same results, sooner.
 Shapes: b samples, N candidates, R rows of T tokens, V vocabulary, K pairs, r rank.
 """
 import argparse, copy, dataclasses, functools, hashlib, json, math, os, re, sys, time  # noqa: E401
-from collections import namedtuple
+from collections import Counter, namedtuple
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,7 +48,7 @@ class Config:
     seed: int = flag(0, "of drafts, adapter initialisation and candidate order")
     device: str = flag("auto", "a torch device; auto: cuda, else mps, else cpu")
     dtype: str = flag("auto", "auto: float32 on a CPU, else as stored", ("auto", "float32", "bfloat16", "float16"))
-    batch_size: int = flag(0, "samples at once; 0: 25 for the embedded model, 1 for any other [ours; paper: 1]", 0)
+    batch_size: int = flag(0, "samples at once; memory grows with it (README: Speed); 0: 25, 1 for other models [paper: 1]", 0)
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
     method: str = flag("ttsi", "train on the pairs, icl: show them [paper], direct: neither", ("ttsi", "icl", "direct"))
     tau: float = flag(0.95, "adapt where the margin is below [paper]", 0.0)
@@ -69,21 +68,19 @@ class Config:
     epochs: int = flag(5, "steps, each on all k pairs [paper: 5, k = 1]", 0)
     adapt: str = flag("suffix", "the adapter acts behind the tools [ours], or everywhere [paper]", ("suffix", "full"))
 
-PAPER = dict(tau=0.95, score="sum", select="uncertain", k=1, drafts=1, attempts=1, check=False,
-             lora_rank=8, lora_alpha=16.0, optimizer="adamw", lr=1e-4, epochs=5, adapt="full")
+PAPER = ("--tau 0.95 --score sum --select uncertain --k 1 --drafts 1 --attempts 1 --no-check --lora-rank 8"
+         " --lora-alpha 16 --optimizer adamw --lr 1e-4 --epochs 5 --adapt full")
 
-# ---------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------------------------- data and prompts
 class InputError(ValueError):
     """Bad input, told in one line: where, what is wrong, and what would be right."""
 
 def need(ok, message):
     if not ok:
         raise InputError(message)
-
 DECODER = json.JSONDecoder(parse_constant=lambda name: need(False, f"{name} is not JSON"))
 def dumps(value):
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
 def loads(text, decode=DECODER.decode):
     """One JSON object, or a ValueError. No lone surrogates, which no tokenizer takes; no 1e999, which is infinite."""
     try:
@@ -115,7 +112,6 @@ def fits(value, shape):
 MESSAGES = [{"role": str, "content?": str, "tool_calls?": [dict]}]
 TOOL = {"name": str, "description?": str, "parameters?": {"properties?": {...: dict}, "required?": [str]}}
 CALL = {"name": str, "arguments": dict}
-
 def to_call(call):
     """Arguments may come as a JSON string."""
     return dict(call, arguments=loads(call["arguments"])) if fits(call, {"arguments": str}) else call
@@ -163,7 +159,6 @@ def to_pairs(record):
     need(fits(record, {"pairs?": [dict]}), 'give {"id": ..., "pairs": [{"request": "...", "call": {...}}]}')
     return [dict(p, call=to_call(p.get("call"))) for p in record.get("pairs") or []]
 
-# ---------------------------------------------------------------------------------------------- prompts
 SYSTEM = ('Answer the request with one tool call, a JSON object {"name": ..., "arguments": {...}} and nothing else.'
           ' Tools:\n')
 # FORK HERE: another generation prompt; `judge` reads what it asks for, `check` is label-free quality control.
@@ -242,33 +237,48 @@ def prepare(model, tok, sample, cfg):
         x["error"] = f'prompt of {len(x["ids"])} + {cfg.max_new_tokens} tokens, they exceed the context of {context}'
     return x
 
-# ---------------------------------------------------------------------------------------------- tokens and cache
+# ---------------------------------------------------------------------------------------------- tokens, cache, stages
 Past = namedtuple("Past", "ids cache mask")  # R rows that were read, their key/value cache, (R, slots) which are real
+
+class Growing(transformers.cache_utils.DynamicLayer):
+    """Keys and values of a layer, (R, heads, slots, d), with room: concatenation copies all of them for each token."""
+    room = None  # [keys, values, slots taken]; of those who continue the same slots, the first may have the room
+    def update(self, keys, values, *_, **__):
+        if not self.is_initialized or torch.is_grad_enabled():
+            return super().update(keys, values)
+        n, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        if not self.room or self.room[2] != n or self.room[0].shape[2] < end:
+            self.room = [torch.nn.functional.pad(t, (0, 0, 0, end - n + 63)) for t in (self.keys, self.values)] + [n]
+        self.room[0][:, :, n:end], self.room[1][:, :, n:end], self.room[2] = keys, values, end
+        self.keys, self.values = (t[:, :, :end] for t in self.room[:2])
+        return self.keys, self.values
 
 def forward(model, rows, past=None, keep=1):
     """-> (logits (R, keep, V) at the last `keep` positions of R token rows, the Past that they leave behind).
-
     Each row continues the longest row of `past` that it begins with, whose tokens are not computed again; `past` is
     not changed. Rows are padded on the left: all end together, and only positions that matter go through the head."""
-    past = past or Past([[]], None, torch.zeros(1, 0, dtype=torch.long))
-    owner = list(range(len(rows)))
-    if [row[:-1] for row in rows] != past.ids:  # while decoding they are equal
-        owner = [max((len(ids), o) for o, ids in enumerate(past.ids) if row[:len(ids)] == ids)[1] for row in rows]
-    new = [row[len(past.ids[o]):] for row, o in zip(rows, owner)]
+    begun, cache, mask = past or ([[]] * len(rows), transformers.DynamicCache(config=model.config),
+                                  torch.zeros(len(rows), 0, dtype=torch.long))
+    cache = copy.copy(cache)  # an update rebinds a layer's tensors, so shallow copies make a fresh cache
+    cache.layers = [copy.copy(l) if past or l.is_sliding else Growing() for l in cache.layers]
+    if past and [row[:-1] for row in rows] != past.ids:  # while decoding they are equal
+        at = {tuple(ids): i for i, ids in enumerate(past.ids)}
+        lengths = sorted(set(map(len, at)), reverse=True)
+        owner = [next(at[row[:n]] for n in lengths if row[:n] in at) for row in map(tuple, rows)]
+        begun, end = [past.ids[o] for o in owner], int(mask[owner].any(0).nonzero().max()) + 1
+        mask = mask[owner, :end]
+        for layer in cache.layers:
+            layer.keys, layer.values, layer.room = layer.keys[:, :, :end], layer.values[:, :, :end], None
+        cache.reorder_cache(torch.tensor(owner, device=model.device))
+    new = [row[len(ids):] for row, ids in zip(rows, begun)]
     width = max(map(len, new))
     ids = torch.tensor([[0] * (width - len(n)) + n for n in new])  # (R, T)
-    mask = [[0] * (width - len(n)) + [1] * len(n) for n in new]
-    mask = torch.cat([past.mask[owner], torch.tensor(mask)], 1)  # (R, slots + T)
+    mask = torch.cat([mask, torch.tensor([[0] * (width - len(n)) + [1] * len(n) for n in new])], 1)  # (R, slots + T)
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]  # pads do not count
-    cache = copy.copy(past.cache)
-    if cache is not None:  # an update rebinds a layer's tensors, so shallow copies make a fresh cache
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
-        if owner != list(range(len(past.ids))):
-            cache.reorder_cache(torch.tensor(owner, device=model.device))
-    out = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), logits_to_keep=keep,
-                position_ids=position.to(model.device), past_key_values=cache,
-                use_cache=cache is not None or not torch.is_grad_enabled())
-    return out.logits, Past(list(rows), out.past_key_values, mask)
+    last = torch.arange(max(0, width - keep), width)  # no slice: the head is faster on contiguous tensors
+    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=True,
+                   position_ids=position.to(model.device), past_key_values=cache, logits_to_keep=last).logits
+    return logits, Past(list(rows), cache, mask)
 
 def windowed(model):
     """Does a layer see a window of slots only? Padding would then push real tokens out of it."""
@@ -292,7 +302,6 @@ def token_logprobs(model, rows, n, past=None):
 @torch.no_grad()
 def decode(model, tok, rows, start, limit, past=None, temperature=0.0, uniform=None):
     """-> R texts from token start[j] of row j on, each ended by an end token, a closed JSON object, or `limit`.
-
     temperature 0 is greedy; else uniform (R, limit) in [0, 1) goes through the inverse of the cumulative
     distribution: a row's draws are its own, whatever else is in the batch. No generation_config is obeyed."""
     ends = [tok.eos_token_id, model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id]
@@ -320,7 +329,6 @@ def decode(model, tok, rows, start, limit, past=None, temperature=0.0, uniform=N
             at, rows = zip(*((i, row) for i, row in zip(at, rows) if i in live))
     return texts
 
-# ---------------------------------------------------------------------------------------------- stages
 def metered(f):
     """Adds the stage's seconds and tokens to each sample's "cost", in equal shares; without samples, does nothing.
     Tokens are forward equivalents, padding included. One with a backward pass counts twice: the base is frozen."""
@@ -335,8 +343,7 @@ def metered(f):
             return f(model, tok, xs, *args, **kw)
         finally:
             hook.remove()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
+            torch.cuda.synchronize() if model.device.type == "cuda" else None
             for x in xs:
                 seconds, count = x["cost"].get(name, (0, 0))
                 x["cost"][name] = (seconds + (time.perf_counter() - start) / len(xs), count + sum(tokens) / len(xs))
@@ -344,8 +351,17 @@ def metered(f):
 
 @metered
 @torch.no_grad()  # not inference_mode: T's gradients pass through what is cached here
-def prefill(model, tok, xs, rows, past=None):
-    return forward(model, list(map(list, dict.fromkeys(map(tuple, rows)))), past)[1]  # equal rows are read once
+def prefill(model, tok, xs, memory):
+    """-> the Pasts of the tool lists, and of the prompts but for their last token. All is read in one pass; the lists
+    apart if several samples share one, and not again if `memory`, a list, has them from the last call."""
+    heads = [x["ids"][:x["head"]] for x in xs]
+    tools = next((past for past in memory if all(head in past.ids for head in heads)), None)
+    if not tools and (windowed(model) or len(set(map(tuple, heads))) < len(heads)):
+        tools = forward(model, list(map(list, dict.fromkeys(map(tuple, heads)))))[1]
+    asked = forward(model, [x["ids"][:-1] for x in xs], tools)[1]
+    begun = asked.mask * (asked.mask.cumsum(1) <= torch.tensor([[len(head)] for head in heads]))
+    memory[:] = [tools or Past(heads, asked.cache, begun)]  # a tool list is how its prompt begins
+    return memory[0], asked
 
 @metered
 def answer(model, tok, xs, past, cfg, method=""):
@@ -360,9 +376,8 @@ def answer(model, tok, xs, past, cfg, method=""):
 @metered
 @torch.no_grad()
 def score(model, tok, xs, past, cfg):
-    """H. -> for each sample its N log-probabilities log P(a_n | x), in the order of x["names"].
-    Summed from the first token of the name through the one that holds the closing quote: without a terminator, a
-    name that begins another one could never lose to it."""
+    """H. -> for each sample log P(a_n | x) in the order of x["names"]: from the first token of a name through the one
+    that holds its closing quote, for without a terminator no name could lose to one that it begins."""
     rows, begin = zip(*(candidate for x in xs for candidate in x["candidates"]))
     n = [len(row) - b for row, b in zip(rows, begin)]
     logp = token_logprobs(model, rows, n, past).sum(1).tolist()
@@ -408,17 +423,16 @@ def supplied(tok, xs, pairs, cfg):
     drafts = [[] for _ in xs]
     for x, mine in zip(xs, drafts):
         for pair in pairs.get(x["id"], []):
-            copied = words(str(pair.get("request"))) == words(x["request"])
-            draft = judge(tok, {} if copied else pair, dumps(pair), x, mine, cfg)
-            mine.append(dict(draft, verdict="copy of the request") if copied else draft)
+            mine.append(judge(tok, pair, dumps(pair), x, mine, cfg, copies=False))
     return drafts
 
-def judge(tok, draft, text, x, before, cfg):
+def judge(tok, draft, text, x, before, cfg, copies=True):
     """One draft, parsed -> {text, verdict, pair or None}. Unchecked, all that it needs are a request and a call."""
     if not fits(draft, {"request": str, "call": CALL}) or not draft["request"].strip():
         return {"text": text, "verdict": "no JSON object with a request and a call", "pair": None}
     pair = {"request": draft["request"].strip(), "call": {key: draft["call"][key] for key in CALL}}
-    wrong = check(pair, x, [d["pair"] for d in before if d["pair"]]) if cfg.check else ""
+    copied = "copy of the request" * (not copies and words(pair["request"]) == words(x["request"]))
+    wrong = copied or (check(pair, x, [d["pair"] for d in before if d["pair"]]) if cfg.check else "")
     if len(pair_tokens(tok, x, pair)[0]) > x["context"]:
         wrong = "exceeds the context"
     return {"text": text, "verdict": wrong or "kept", "pair": None if wrong else pair}
@@ -461,20 +475,20 @@ def closest(x):
     return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: -overlap[i])]  # stable: ties stay in order
 
 # ---------------------------------------------------------------------------------------------- T: self-improvement
-# FORK HERE: another adapter. `fresh` makes the parameters of one layer for b samples, `delta` is what they add to y.
+# FORK HERE: another adapter. `fresh` makes the parameters of one layer for b samples, `adapted` is what it then gives.
 def fresh(layer, generators, cfg):
     """A uniform in +-1/sqrt(d_in), B = 0: before the first step the adapter changes nothing. Always float32."""
     d_in, d_out = (layer.in_features, layer.out_features) if hasattr(layer, "in_features") else (layer.nx, layer.nf)
-    A = torch.stack([torch.rand(d_in, cfg.lora_rank, generator=g) * 2 - 1 for g in generators]) / d_in ** 0.5
-    return [A, torch.zeros(len(generators), cfg.lora_rank, d_out)]  # (b, d_in, r), (b, r, d_out)
+    A = torch.stack([torch.rand(d_in, cfg.lora_rank, generator=g).T * 2 - 1 for g in generators]) / d_in ** 0.5
+    return [A, torch.zeros(len(generators), cfg.lora_rank, d_out)]  # (b, r, d_in), (b, r, d_out)
 
-def delta(x, parameters, cfg):
-    """(b, tokens, d_in) -> (b, tokens, d_out)
+def adapted(x, y, parameters, cfg):
+    """x (b, tokens, d_in), the frozen layer's y (b, tokens, d_out) -> y + alpha/r x A B
 
         x --+-- W, frozen ------------------------------+--> y
-            '-- A (d_in, r) -- B (r, d_out) -- alpha/r -'"""
+            '-- A (r, d_in) -- B (r, d_out) -- alpha/r -'"""
     A, B = parameters
-    return x @ A * (cfg.lora_alpha / cfg.lora_rank) @ B
+    return torch.baddbmm(y, x @ A.mT, B, alpha=cfg.lora_alpha / cfg.lora_rank)
 
 def linear_layers(model):
     """All linear layers but the head; GPT-2's Conv1D is one."""
@@ -483,18 +497,16 @@ def linear_layers(model):
 
 @contextmanager
 def adapters(model, xs, cfg):
-    """One temporary adapter for each of b samples on every linear layer; leaving the block is the reset.
-
-    Adapter i acts on the i-th of b equal groups of rows. The base is never written: there is nothing to restore."""
+    """A temporary adapter on every linear layer for each of b samples: the i-th acts on the i-th of b equal groups of
+    rows. Leaving the block is the reset: the base is never written, so there is nothing to restore."""
     generators, theta, hooks = [draw(cfg.seed, x["id"], "adapter") for x in xs], [], []
     try:
         for layer in linear_layers(model) if xs else []:
             parameters = [p.to(model.device).requires_grad_() for p in fresh(layer, generators, cfg)]
-
-            def add(_, inputs, y, parameters=parameters):
-                x = inputs[0].reshape(len(xs), -1, inputs[0].shape[-1]).float()  # some models flatten rows and tokens
-                return y + delta(x, parameters, cfg).reshape(y.shape).to(y.dtype)
-            hooks.append(layer.register_forward_hook(add))
+            def act(_, inputs, y, parameters=parameters):  # some models flatten rows and tokens
+                flat = [t.reshape(len(xs), -1, t.shape[-1]).float() for t in (inputs[0], y)]
+                return adapted(*flat, parameters, cfg).reshape(y.shape).to(y.dtype)
+            hooks.append(layer.register_forward_hook(act))
             theta += parameters
         yield theta
     finally:
@@ -504,12 +516,10 @@ def adapters(model, xs, cfg):
 @metered
 @torch.enable_grad()
 def train(model, tok, xs, theta, past, cfg):
-    """T. Trains adapter i on x_i's pairs, in place -> for each sample its losses, one a step.
-
-    The loss is a SUM over samples, so each adapter gets exactly the gradient that it would get alone; a sample's is
-    the mean over its pairs of the mean over the answer's tokens. Missing pairs are padded with weight 0."""
+    """T. Trains adapter i on x_i's pairs, in place -> for each sample its losses, one a step: the mean over its pairs of
+    the mean over the answer's tokens. Their SUM over samples gives each adapter the gradient that it would get alone."""
     K = max(len(x["pairs"]) for x in xs)
-    padded = [(x, pair) for x in xs for pair in (x["pairs"] + [None] * K)[:K]]
+    padded = [(x, pair) for x in xs for pair in (x["pairs"] + [None] * K)[:K]]  # a missing pair has weight 0
     rows, begin = zip(*(pair_tokens(tok, x, pair or {"request": x["request"], "call": {}}) for x, pair in padded))
     n = [len(row) - b for row, b in zip(rows, begin)]
     weight = [1 / tokens / len(x["pairs"]) if pair else 0.0 for (x, pair), tokens in zip(padded, n)]
@@ -539,15 +549,14 @@ def sgd(theta, lr):
         p -= lr * p.grad / norm.view(-1, *[1] * (p.dim() - 1))
 
 # ---------------------------------------------------------------------------------------------- Algorithm 1
-def tt_si(model, tok, samples, cfg, pairs=None):
-    """Algorithm 1 for b independent samples at once -> their rows, in order. b = 1 is the paper, literally. No label
-    is read: `prepare` leaves it behind. pairs: {id: [{request, call}]} to take instead of G."""
+def tt_si(model, tok, samples, cfg, pairs=None, memory=None):
+    """Algorithm 1 for b independent samples at once -> their rows, in order. b = 1 is the paper, literally. No label is
+    read: `prepare` leaves it behind. pairs: {id: [{request, call}]} to take instead of G. memory: for `prefill`."""
     if len(samples) > 1 and windowed(model):
-        return [row for s in samples for row in tt_si(model, tok, [s], cfg, pairs)]
+        return [row for s in samples for row in tt_si(model, tok, [s], cfg, pairs, memory)]
     rows = [prepare(model, tok, s, cfg) for s in samples]
     xs = [x for x in rows if not x["error"]]
-    tools = prefill(model, tok, xs, [x["ids"][:x["head"]] for x in xs])             # read the tool list once,
-    asked = prefill(model, tok, xs, [x["ids"][:-1] for x in xs], tools)             # then the request
+    tools, asked = prefill(model, tok, xs, [] if memory is None else memory) or (None, None)
 
     note(xs, logp=score(model, tok, xs, asked, cfg))                                # H  l_n = log P(a_n | x)
     note(xs, margin=[certainty(x["logp"]) for x in xs])                             #    u = p(1) - p(2)
@@ -570,7 +579,6 @@ def tt_si(model, tok, samples, cfg, pairs=None):
     plain = [x for x in xs if "adapted" not in x or x["labelled"]]                  # y ~ theta for the certain,
     note(plain, direct=answer(model, tok, plain, asked, cfg, name="direct"))        # and to compare with
     return rows
-
 def note(xs, **columns):
     for key, values in columns.items():
         for x, value in zip(xs, values):
@@ -583,8 +591,7 @@ def canonical(value):
         return {key: canonical(v) for key, v in value.items()}
     if isinstance(value, list):
         return [canonical(v) for v in value]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     return value.strip() if isinstance(value, str) else json.dumps(value)
 
 def grade(text, sample):
@@ -599,9 +606,8 @@ def grade(text, sample):
 def finish(x, sample, cfg):
     """What Algorithm 1 left of a sample -> its row: what is needed to check each decision by hand, and the grades."""
     row = {key: x[key] for key in "id error margin drafts pairs loss direct adapted cost".split() if key in x}
-    for key, name in (("logp", "candidates"), ("after", "candidates_after")):
-        if key in x:
-            row[name] = [{"name": a, "logp": l, "p": p} for a, l, p in zip(x["names"], x[key], softmax(x[key]))]
+    if "logp" in x:
+        row["candidates"] = [dict(zip(("name", "logp", "p"), c)) for c in zip(x["names"], x["logp"], softmax(x["logp"]))]
     row["decision"] = "not answered" if x["error"] else ("adapted" if "adapted" in x else "no pair was kept" if
                        "pairs" in x else "direct") + f', margin {x["margin"]:.4f}, tau {cfg.tau:g}, {cfg.select}'
     row["answer"] = x.get("adapted", x.get("direct"))
@@ -617,23 +623,24 @@ def interval(differences, resamples=10_000, seed=0):
     means = torch.stack([d[torch.randint(len(d), (len(d),), generator=g)].mean() for _ in range(resamples)])
     return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
+STAGES = ("prefill", "score", "generate", "train", "answer", "direct")
 def summarise(rows):
     """-> counts, cost per sample, accuracies in percent over ALL labelled samples, and their paired difference."""
     scored = [r["scores"] for r in rows if "scores" in r]
     answered = [r for r in rows if not r["error"]]
-    verdicts = [d["verdict"] for r in answered for d in r.get("drafts", [])]
+    verdicts = Counter(d["verdict"] for r in answered for d in r.get("drafts", []))
     compared = [r["cost"] for r in answered if "direct" in r["cost"]]
     out = {"n": len(rows), "answered": len(answered), "compared": len(compared), "labelled": len(scored),
            "adapted": sum("adapted" in r for r in rows), "direct": {}, "ttsi": {},
            "one_candidate": sum(len(r.get("candidates", [])) == 1 for r in answered),
            "failed": {r["id"]: r["error"] for r in rows if r["error"]},
-           "verdicts": {v: verdicts.count(v) for v in sorted(set(verdicts))}}
+           "verdicts": dict(sorted(verdicts.items()))}
     mean = lambda values, n: sum(values) / max(1, n)
     for i, unit in enumerate(("seconds", "tokens")):  # the direct answer of an adapted sample is for comparison only
-        costs = [(s, c[i], "adapted" in r) for r in answered for s, c in r["cost"].items() if s != "trace"]
-        out[unit] = {s: mean([c for t, c, _ in costs if t == s], len(answered)) for s in {s for s, *_ in costs}}
+        costs = [{s: c[i] for s, c in r["cost"].items() if s != "direct" or "adapted" not in r} for r in answered]
+        out[unit] = {s: mean([c.get(s, 0) for c in costs], len(costs)) for s in STAGES}
         out["direct"][unit] = mean([c["prefill"][i] + c["direct"][i] for c in compared], len(compared))
-        out["ttsi"][unit] = mean([c for s, c, adapted in costs if s != "direct" or not adapted], len(answered))
+        out["ttsi"][unit] = sum(out[unit].values())
     if scored:
         percent = lambda values: 100 * mean(values, len(scored))
         for side in ("direct", "ttsi"):
@@ -645,30 +652,29 @@ def summarise(rows):
 
 def table(s, cfg):
     """The summary for people."""
-    direct, ttsi, cell = s["direct"], s["ttsi"], lambda side, key: f"{side[key]:.1f}" if key in side else ""
-    times = lambda unit: f" ({ttsi[unit] / direct[unit]:.1f}x)" if 0 < s["compared"] == s["answered"] else ""
-    change = ("{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"]), s["wins"], s["losses"]) if (
+    comparable, forms = 0 < s["compared"] == s["answered"], {"seconds": ".3f", "tokens": ".0f"}
+    change = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"]), s["wins"], s["losses"]] if (
         s["labelled"]) else [""] * 3
-    rows = [("", "name", "call", "difference [95 %]", "wins", "losses", "adapted", "s/sample", "tokens/sample"),
-            ("always first", cell(s, "always_first"), *[""] * 7),
-            ("direct", cell(direct, "name"), cell(direct, "call"), *[""] * 4,
-             f'{direct["seconds"]:.3f}', f'{direct["tokens"]:.0f}'),
-            ("TT-ICL" if cfg.method == "icl" else "TT-SI", cell(ttsi, "name"), cell(ttsi, "call"), *change,
-             f'{s["adapted"]}/{s["n"]}', f'{ttsi["seconds"]:.3f}' + times("seconds"), f'{ttsi["tokens"]:.0f}' + times("tokens"))]
-    lines = ["{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format(*row) for row in rows]
-    lines += ["", ", ".join(f"{n} drafts: {verdict}" for verdict, n in s["verdicts"].items()) or "no drafts"]
+    rows = [["", "name", "call", "difference [95 %]", "wins", "losses", "adapted", "s/sample", "tokens/sample"],
+            ["always first", f'{s["always_first"]:.1f}' if s["labelled"] else "", *[""] * 7]]
+    for label, side, more in (("direct", s["direct"], [""] * 4), (
+            "TT-ICL" if cfg.method == "icl" else "TT-SI", s["ttsi"], [*change, f'{s["adapted"]}/{s["n"]}'])):
+        cost = [f"{side[u]:{f}}" + f' ({side[u] / s["direct"][u]:.1f}x)' * comparable for u, f in forms.items()]
+        rows += [[label, *(f"{side[k]:.1f}" if s["labelled"] else "" for k in ("name", "call")), *more, *cost]]
+    lines = ["{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format(*row) for row in rows] + [""]
+    lines += [f"{u} per sample: " + ", ".join(f"{stage} {n:{f}}" for stage, n in s[u].items()) for u, f in forms.items()]
+    lines += [", ".join(f"{n} drafts: {verdict}" for verdict, n in s["verdicts"].items()) or "no drafts"]
     lines += [f'{s["one_candidate"]} samples offer one tool only: no runner-up, margin 1'] * (s["one_candidate"] > 0)
     lines += [f"not answered, counted as wrong: {i}: {error}" for i, error in s["failed"].items()]
-    wide = f'with {s["labelled"]} samples the interval is wide' + "; README.md has more" * (cfg.data == Config.data)
-    return "\n".join(lines + [wide] * (0 < s["labelled"] < 300))
+    return "\n".join(lines + [f'with {s["labelled"]} samples the interval is wide'] * (0 < s["labelled"] < 300))
 
 def trace(tok, x, row, sample, cfg):
     """One sample as the paper's Figure 1 tells it. The label comes last, after all that could not see it."""
     show = lambda heading, *lines: print(f"\n-- {heading}", *lines, sep="\n  ")
-    bars = lambda key: [f'{"#" * round(30 * c["p"]):30} {c["p"]:.3f}  log P {c["logp"]:8.3f}  {c["name"]}'
-                        for c in sorted(row.get(key, []), key=lambda c: -c["p"])]
+    bars = lambda logp: [f'{"#" * round(30 * p):30} {p:.3f}  log P {l:8.3f}  {name}'
+                         for p, l, name in sorted(zip(softmax(logp), logp, x["names"]), reverse=True)]
     show(f'The prompt of {row["id"]}', x["prompt"])
-    show("H: how likely is each tool on offer?", *bars("candidates"), row["error"] or row["decision"])
+    show("H: how likely is each tool on offer?", *bars(x.get("logp", [])), row["error"] or row["decision"])
     if "drafts" in row:
         prompt, head = render(tok, x["system"], DRAFT + x["request"])
         show("G: the prompt, after the same tools; the drafts", prompt[head:], *(
@@ -676,7 +682,7 @@ def trace(tok, x, row, sample, cfg):
     if "adapted" in row:
         show(f"T: a temporary LoRA of rank {cfg.lora_rank}, trained on" if "loss" in row else "Shown before the request",
              *(f'{pair["request"]}\n  -> {dumps(pair["call"])}' for pair in row["pairs"]),
-             *(f"step {step}: loss {loss}" for step, loss in enumerate(row.get("loss", []), 1)), *bars("candidates_after"))
+             *(f"step {step}: loss {loss}" for step, loss in enumerate(row.get("loss", []), 1)), *bars(x.get("after", [])))
     show("The answer; then everything is reset", f'before: {row.get("direct")}', f'after:  {row["answer"]}')
     if "call" in sample:
         verdict = lambda right: ("wrong", "right tool, wrong arguments", "right")[right["name"] + right["call"]]
@@ -717,7 +723,7 @@ def resume(cfg, settings, samples, size):
         whole = len(samples) if whole >= len(samples) else whole - whole % size
         rows = [loads(line.decode()) for line in lines[:whole]]
         need([r.get("id") for r in rows] == [s["id"] for s in samples[:whole]], "its rows are not those of this run")
-        file = open(path, "ab")
+        file = open(path, "ab", buffering=0)
         file.truncate(sum(map(len, lines[:whole])))
         beside.write_text(json.dumps({"config": settings}, indent=1), encoding="utf-8")
         return file, beside, rows
@@ -743,15 +749,14 @@ def run(cfg):
     sizes = [sum(p.numel() for p in fresh(layer, [torch.Generator()], cfg)) for layer in linear_layers(model)]
     print(f"{len(samples)} samples of {os.path.relpath(cfg.data)}; {os.path.relpath(cfg.model)}, {model.dtype} on"
           f" {model.device}: {model.num_parameters():,} parameters, an adapter {sum(sizes):,} on {len(sizes)} layers\n")
-    batches = [samples[i:i + size] for i in range(len(rows), len(samples), size)]  # of selection and size alone
+    batches, memory = [samples[i:i + size] for i in range(len(rows), len(samples), size)], []
     for batch in tqdm(batches, unit="batch", disable=bool(cfg.trace)):
-        xs = tt_si(model, tok, batch, cfg, pairs)
+        xs = tt_si(model, tok, batch, cfg, pairs, memory)
         rows += [finish(x, s, cfg) for x, s in zip(xs, batch)]
         if cfg.trace:
             trace(tok, xs[0], rows[-1], batch[0], cfg)
         if out:
             out.write("".join(dumps(r) + "\n" for r in rows[-len(batch):]).encode())
-            out.flush()
             os.fsync(out.fileno())
     summary = summarise(rows) | {"config": settings, "versions": {
         "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}}
@@ -764,8 +769,8 @@ def run(cfg):
 
 def parse_flags(argv):
     """-> Config; - and _ are one in a flag's name."""
-    parser = argparse.ArgumentParser(prog="ttsi.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("ttsi.py", description=__doc__, epilog=f"--paper stands for {PAPER}; give more to "
+        "depart from it", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
     for f in dataclasses.fields(Config):
         text, allowed = f.metadata["help"].replace("%", "%%"), f.metadata["allowed"]
@@ -773,13 +778,8 @@ def parse_flags(argv):
             "type": f.type, "choices": allowed if isinstance(allowed, tuple) else None}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how,
                             help=text + ("" if f.default == "" else " (default: %(default)s)"))
-    parser.add_argument("--paper", action="store_true", help="all that the paper states; other flags still count: "
-                        + ", ".join(f"{k} {v}" for k, v in PAPER.items()))
-    argv = [re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv]
-    if "--paper" in argv:
-        parser.set_defaults(**PAPER)
-    flags = vars(parser.parse_args(argv))
-    flags.pop("paper")
+    argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
+    flags = vars(parser.parse_args([re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv]))
     for f in dataclasses.fields(Config):
         least, value = f.metadata["allowed"], flags[f.name]
         need(isinstance(least, tuple) or least is None or least <= value < math.inf,

@@ -3,18 +3,23 @@
     python data/bench.py                                     # a 135M model, a SealTool-like prompt
     python data/bench.py --shape qwen2.5-0.5b --device cuda --dtype bfloat16 --batch 16
     python data/bench.py --shape embedded --data data/demo.jsonl
+    python data/bench.py batching                            # the embedded model: samples at once, memory per sample
 
 Weights are random (the embedded model's are not). Random weights never write a valid draft, so lengths are forced and
 the pair to train on is supplied: every stage runs, in every round. The direct answer that ttsi.py makes of labelled
-samples only to compare with is left out. PEFT's rows appear if it is installed.
+samples only to compare with is left out. PEFT's rows appear if it is installed. Each ratio is one of medians; in
+brackets the quartiles of the ratios within a round.
 """
 import argparse
 import dataclasses
 import importlib.util
 import json
+import resource
 import statistics
+import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -70,17 +75,16 @@ class Bench:
         ttsi.note(xs, pairs=[[PAIR]] * len(xs))
         self.xs, self.prompts = xs, [x["ids"] for x in xs]
         self.pair, self.begin = ttsi.pair_tokens(tok, xs[0], PAIR)
-        self.tools = ttsi.prefill(model, tok, xs, [x["ids"][:x["head"]] for x in xs])
-        self.asked = ttsi.prefill(model, tok, xs, [x["ids"][:-1] for x in xs], self.tools)
+        self.tools, self.asked = ttsi.prefill(model, tok, xs, [])
 
-    def tt_si(self, **changes):
+    def tt_si(self, samples=None, memory=None, **changes):
         """Algorithm 1 as it is, with every stage forced to its length."""
         cfg, generate, judge = dataclasses.replace(self.cfg, **changes), ttsi.generate, ttsi.judge
         longer = dataclasses.replace(cfg, max_new_tokens=DRAFT)
         ttsi.generate = lambda model, tok, xs, past, _: generate(model, tok, xs, past, longer)
         ttsi.judge = lambda tok, draft, text, *_: {"text": text, "verdict": "kept", "pair": PAIR}
         try:
-            rows = ttsi.tt_si(self.model, self.tok, self.samples, cfg)
+            rows = ttsi.tt_si(self.model, self.tok, samples or self.samples, cfg, memory=memory)
         finally:
             ttsi.generate, ttsi.judge = generate, judge
         stages = {"prefill", "score", *(["generate", "train", "answer"] if cfg.tau > 1 else ["direct"])}
@@ -133,56 +137,126 @@ class Bench:
             self.model.requires_grad_(False)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--shape", choices=[*SHAPES, "embedded"], default="smollm-135m")
-    p.add_argument("--data", default="", help="a canonical file; default: a built-in SealTool-like prompt")
-    p.add_argument("--batch", type=int, default=1, help="samples at once")
-    p.add_argument("--rounds", type=int, default=7)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto")
-    p.add_argument("--json", action="store_true")
-    args = p.parse_args(argv)
+def measure(things, rounds, device):
+    """{name: function} -> {name: its seconds in each round}; in turn, after a round that warms up."""
+    seconds = {name: [] for name in things}
+    for r in range(rounds + 1):
+        for name, f in things.items():
+            print(f"\rround {r} of {rounds}: {name:40}", end="", file=sys.stderr)
+            start = time.perf_counter()
+            f()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name] += [time.perf_counter() - start] * (r > 0)
+    print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    return seconds
+
+
+def over(a, b):
+    """Seconds of two things in the same rounds -> (ratio of their medians, quartiles of the ratios)."""
+    ratios = sorted(x / y for x, y in zip(a, b))
+    return statistics.median(a) / statistics.median(b), ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+
+
+TARGETS = [("certain", "direct", "at most 1.1"), ("uncertain, suffix", "direct", "at most 3"),
+           ("T, PEFT", "T, suffix", "at least 4"), ("T, PEFT", "T, full", "at least 1"),
+           ("H, whole prompts", "H", "at least 4"), ("T, full", "T, floor of full", "at most 1.2")]
+
+
+def costs(args):
     model, tok = load(args)
     samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values()) if args.data else sealtool_like(args.batch)
     samples = [{k: v for k, v in s.items() if k != "call"} for s in samples[:args.batch]]
     cfg = ttsi.Config(max_new_tokens=ANSWER, drafts=1, attempts=1, shuffle=False)
     bench = Bench(model, tok, samples, cfg)
-    x = bench.xs[0]
-    steps = cfg.epochs
+    x, steps = bench.xs[0], cfg.epochs
     things = {
         "direct": bench.direct, "direct, transformers.generate": bench.library_generate,
+        "prompt alone": lambda: ttsi.prefill(model, tok, bench.xs, []),
         "certain": lambda: bench.tt_si(tau=0.0),
-        "uncertain, suffix": lambda: bench.tt_si(tau=2.0), "uncertain, full": lambda: bench.tt_si(tau=2.0, adapt="full"),
-        "H, prompt read": lambda: ttsi.score(model, tok, bench.xs, bench.asked, cfg),
-        "H, whole prompts": bench.score_whole,
+        "certain, tools read before": lambda: bench.tt_si(tau=0.0, memory=[bench.tools]),
+        "uncertain, suffix": lambda: bench.tt_si(tau=2.0),
+        "uncertain, suffix, tools read before": lambda: bench.tt_si(tau=2.0, memory=[bench.tools]),
+        "uncertain, full": lambda: bench.tt_si(tau=2.0, adapt="full"),
+        "H": lambda: ttsi.score(model, tok, bench.xs, bench.asked, cfg), "H, whole prompts": bench.score_whole,
         "T, suffix": lambda: bench.train("suffix", steps), "T, full": lambda: bench.train("full", steps),
-        "T, floor of full": lambda: [bench.floor() for _ in range(steps)],
-    }
+        "T, floor of full": lambda: [bench.floor() for _ in range(steps)]}
     if importlib.util.find_spec("peft"):
         things["T, PEFT"] = bench.peft
-    print(f"{args.shape}: {model.num_parameters():,} parameters, {model.dtype} on {model.device}, {torch.get_num_threads()}"
-          f" threads; {len(x['names'])} tools, prompt {len(x['ids'])} tokens, {len(x['ids']) - x['head']} after the tools,"
-          f" pair {len(bench.pair) - x['head']} after them; draft {DRAFT}, answer {ANSWER}, {steps} steps, batch {len(samples)}")
-    seconds = {name: [] for name in things}
-    for r in range(args.rounds + 1):  # in turn; the first round warms up
-        for name, f in things.items():
-            start = time.perf_counter()
-            f()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            if r:
-                seconds[name].append(time.perf_counter() - start)
-    report = {}
-    for name, s in seconds.items():
-        ratios = sorted(a / b for a, b in zip(s, seconds["direct"]))
-        report[name] = {"seconds": statistics.median(s), "ratio": statistics.median(s) / statistics.median(seconds["direct"]),
-                        "spread": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]]}
-    if args.json:
-        print(json.dumps({"shape": args.shape, "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": report}))
-    else:
-        for name, r in report.items():
-            print(f'{name:32} {r["seconds"]:8.3f} s  {r["ratio"]:6.2f}x direct  [{r["spread"][0]:.2f}, {r["spread"][1]:.2f}]')
+    if len(samples) > 1:
+        things["uncertain, suffix, one by one"] = lambda: [bench.tt_si([s], tau=2.0) for s in samples]
+    shape = (f"{args.shape}: {model.num_parameters():,} parameters, {model.dtype} on {model.device}, "
+             f"{torch.get_num_threads()} threads; {len(x['names'])} tools, prompt {len(x['ids'])} tokens, "
+             f"{len(x['ids']) - x['head']} after the tools, pair {len(bench.pair) - x['head']}; draft {DRAFT}, answer "
+             f"{ANSWER}, {steps} steps, batch {len(samples)}, {args.rounds} rounds")
+    seconds = measure(things, args.rounds, model.device)
+    rows = {name: {"seconds": statistics.median(s), "direct": over(s, seconds["direct"])} for name, s in seconds.items()}
+    targets = [(a, b, over(seconds[a], seconds[b]), wanted) for a, b, wanted in TARGETS if a in seconds]
+    read = rows["prompt alone"]["seconds"]
+    step = (rows["direct"]["seconds"] - read) / ANSWER / (read / len(x["ids"]))
+    text = [shape, "", "| | seconds | x direct |", "|---|---|---|"]
+    text += [f'| {n} | {r["seconds"]:.3f} | {r["direct"][0]:.2f} [{r["direct"][1]:.2f}, {r["direct"][2]:.2f}] |' for n, r in rows.items()]
+    text += ["", "| ratio | here | wanted |", "|---|---|---|"]
+    text += [f"| {a} / {b} | {r[0]:.2f} [{r[1]:.2f}, {r[2]:.2f}] | {wanted} |" for a, b, r, wanted in targets]
+    text += ["", f"a token that is written takes as long as {step:.0f} that are read"]
+    return {"shape": shape, "rows": rows, "targets": targets, "tokens read per token written": step}, text
+
+
+def resident():
+    """MB in use now (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+def batching(args):
+    """The embedded model on its own data, as `python ttsi.py` runs it."""
+    cfg = ttsi.Config(device=args.device, dtype=args.dtype)
+    model, tok = ttsi.load(cfg)
+    samples = list(ttsi.read_jsonl(args.data or cfg.data, ttsi.to_sample).values())
+
+    def run(batch, items, after=lambda: None):
+        memory = []
+        for k in range(0, len(items), batch):
+            ttsi.tt_si(model, tok, items[k:k + batch], cfg, memory=memory)
+            after()
+    sizes, few = (1, 5, 25, 50), samples[:50]
+    seconds = measure({b: lambda b=b: run(b, few) for b in sizes}, args.rounds, model.device)
+    fast = {b: over(seconds[1], s) for b, s in seconds.items()}
+    peaks = {}  # of children; the greatest so far, so in ascending order
+    for b in sizes:
+        subprocess.run([sys.executable, HERE.parent / "ttsi.py", "--batch-size", str(b), "--limit", "50"], check=True,
+                       capture_output=True)
+        peaks[b] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+    many, used = [dict(s, id=f'{s["id"]}-{k}') for k in range(10) for s in samples][:args.items], []
+    run(25, many, lambda: used.append(resident()))
+    half = used[len(used) // 2:]
+    slope = statistics.linear_regression(range(len(half)), half).slope / 25 * 1000 if len(half) > 1 else None
+    text = [f"embedded, {model.device}, {torch.get_num_threads()} threads, {len(few)} samples, {args.rounds} rounds", "",
+            "| samples at once | samples/s | x one at a time | peak memory, MB |", "|---|---|---|---|"]
+    text += [f"| {b} | {len(few) / statistics.median(seconds[b]):.1f} | {fast[b][0]:.2f} [{fast[b][1]:.2f}, {fast[b][2]:.2f}]"
+             f" | {peaks[b]:.0f} |" for b in sizes]
+    text += ["", f"{(peaks[sizes[-1]] - peaks[1]) / (sizes[-1] - 1):.1f} MB for each sample more; over {len(many)} samples, "
+             f"25 at once, memory in use: {used[0]:.0f} MB after the first batch, {used[len(used) // 2]:.0f} after half of them,"
+             f" {used[-1]:.0f} at the end"]
+    return {"seconds": {b: statistics.median(s) for b, s in seconds.items()}, "faster": fast, "peak MB": peaks,
+            "MB in use": used, "MB per 1000 samples in the second half": slope}, text
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", nargs="?", choices=["costs", "batching"], default="costs")
+    p.add_argument("--shape", choices=[*SHAPES, "embedded"], default="smollm-135m")
+    p.add_argument("--data", default="", help="a canonical file; default: a built-in SealTool-like prompt, or the demo")
+    p.add_argument("--batch", type=int, default=1, help="samples at once, for costs")
+    p.add_argument("--items", type=int, default=1000, help="samples over which batching looks at the memory")
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--json", action="store_true", help="the numbers, in place of the table")
+    args = p.parse_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's
+    ttsi.transformers.logging.disable_progress_bar()
+    report, text = {"costs": costs, "batching": batching}[args.what](args)
+    print(json.dumps(report) if args.json else "\n".join(text))
     return report
 
 

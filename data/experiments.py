@@ -1,6 +1,6 @@
 """Tables behind the README: ttsi.py's own command over several seeds, and controls composed of its functions.
 
-    python data/experiments.py tune-G tune-T --data data/dev.jsonl   # the grids from which the defaults were chosen
+    python data/experiments.py tune-G tune-T adapt --data data/dev.jsonl  # from these the defaults were chosen
     python data/experiments.py main controls dose                # on the test split: 5 seeds, 2 for the controls
     python data/experiments.py main --only paper --model M --data D.jsonl   # any model, any canonical data
 
@@ -106,7 +106,7 @@ def others_pairs(lab, seed):
 def start(model, tok, samples, cfg):
     """-> what every composition begins with: the samples as the model sees them, and the cache of their tool lists."""
     xs = [ttsi.prepare(model, tok, sample, cfg) for sample in samples]
-    return xs, ttsi.prefill(model, tok, xs, [x["ids"][:x["head"]] for x in xs])
+    return xs, ttsi.prefill(model, tok, xs, [])[0]
 
 
 def nearest(lab, seed, flags="--select all"):
@@ -136,6 +136,19 @@ def dose(lab, seed, shift):
     return lab.run(seed, f"--data {path}")
 
 
+@contextlib.contextmanager
+def patched(lab, folder, **functions):
+    """ttsi.py with other functions -> a Lab whose runs lie apart."""
+    elsewhere, ours = copy.copy(lab), {name: getattr(ttsi, name) for name in functions}
+    elsewhere.runs = lab.runs / folder
+    elsewhere.runs.mkdir(exist_ok=True)
+    try:
+        vars(ttsi).update(functions)
+        yield elsewhere
+    finally:
+        vars(ttsi).update(ours)
+
+
 def clipped(lab, seed, lr):
     """Another update rule: the gradient of each adapter clipped to norm 1, not normalised; on the same pairs."""
     @torch.no_grad()
@@ -143,14 +156,24 @@ def clipped(lab, seed, lr):
         norm = sum(p.grad.flatten(1).square().sum(1) for p in theta).sqrt()
         for p in theta:
             p -= lr * p.grad / norm.clamp(min=1).view(-1, *[1] * (p.dim() - 1))
-    pairs, elsewhere, ours = lab.path(seed, "--drafts 1"), copy.copy(lab), ttsi.sgd
-    elsewhere.runs = lab.runs / "clipped"
-    elsewhere.runs.mkdir(exist_ok=True)
-    try:
-        ttsi.sgd = sgd
+    pairs = lab.path(seed, "--drafts 1")
+    with patched(lab, "clipped", sgd=sgd) as elsewhere:
         return elsewhere.run(seed, f"--lr {lr} --pairs {pairs}")
-    finally:
-        ttsi.sgd = ours
+
+
+def reshuffled(lab, seed):
+    """--adapt full, with the tools of each training row in an order of its own; a tool list in a cache has but one."""
+    def pair_tokens(tok, x, pair):
+        order = torch.randperm(len(x["tools"]), generator=ttsi.draw(seed, x["id"], "reshuffled", pair["request"]))
+        return ours(tok, x | {"system": ttsi.system_text([x["tools"][i] for i in order])}, pair)
+    pairs, ours = lab.path(seed), ttsi.pair_tokens
+    with patched(lab, "reshuffled", pair_tokens=pair_tokens) as elsewhere:
+        return elsewhere.run(seed, f"--adapt full --pairs {pairs}")
+
+
+def against(rows, other):
+    """The difference to another run in place of that to the direct answers."""
+    return [row | {"scores": row["scores"] | {"direct": o["scores"]["ttsi"]}} for row, o in zip(rows, other, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -179,7 +202,14 @@ GROUPS = {  # group -> (seeds, [(label, what the README calls a command, rows of
         "--drafts 1 --temperature 1.3", "--drafts 2", "--drafts 4", "--drafts 8", "--drafts 16", "--k 2 --drafts 2",
         "--k 2 --drafts 8", "--drafts 2 --cover", "--drafts 4 --cover", "--drafts 8 --cover",
         "--k 2 --drafts 4 --cover", "--k 4 --drafts 4", "--k 4 --drafts 8", "--k 4 --drafts 16", "--k 8 --drafts 8")]),
-    # every row trains on the same pairs
+    # from here on every row trains on the same pairs
+    "adapt": (5, [
+        ("suffix (the default)", "--adapt suffix", lambda lab, s: lab.run(s)),
+        ("full (the paper)", "--adapt full", lambda lab, s: lab.run(s, f"--adapt full --pairs {lab.path(s)}")),
+        ("full, the training rows' tools reshuffled", "`reshuffled`", reshuffled),
+        ("suffix against full", "`against`",
+         lambda lab, s: against(lab.run(s), lab.run(s, f"--adapt full --pairs {lab.path(s)}"))),
+        ("suffix against full, reshuffled", "`against`", lambda lab, s: against(lab.run(s), reshuffled(lab, s)))]),
     "tune-T": (2, [(flags, flags, lambda lab, s, flags=flags: lab.run(s, f"{flags} --pairs {lab.path(s, '--drafts 1')}"))
                    for flags in (*(f"--lr {x}" for x in (.03, .05, .07, .1, .14, .2, .3)),
                                  *(f"--optimizer adamw --lr {x}" for x in (1e-4, 3e-4, 1e-3, 3e-3)),
@@ -253,7 +283,7 @@ def main():
     p.add_argument("--limit", type=int, default=0, help="only the first so many items")
     args = p.parse_args()
     lab, stem = Lab(args), Path(args.data).stem
-    for group in args.groups or [g for g in GROUPS if "tune" not in g]:
+    for group in args.groups or [g for g in GROUPS if g not in ("tune-G", "tune-T", "adapt")]:
         seeds, lines = GROUPS[group]
         file = HERE / "results" / f"{stem}-{group}.json"
         found = json.loads(file.read_text(encoding="utf-8")) if args.only and lab.embedded and file.exists() else {}
