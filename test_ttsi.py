@@ -332,8 +332,10 @@ def test_a_past_can_be_continued_in_several_ways_at_once(model):
     _, past = ttsi.forward(model, [[5, 6], [7, 8]])
     _, past = ttsi.forward(model, [[5, 6, 1], [7, 8, 1]], past)  # from here on it grows in place
     kept = [layer.keys.clone() for layer in past.cache.layers]
-    rows = [[[5, 6, 1, k], [7, 8, 1, k]] for k in (2, 3)]
-    ends = [ttsi.forward(model, r, past)[1] for r in rows]  # both take the next slot
+    rows, ends = [[[5, 6, 1, k], [7, 8, 1, k]] for k in (2, 3, 9)], []
+    for r in rows:  # all take the next slot
+        with torch.set_grad_enabled(r == rows[2]):
+            ends.append(ttsi.forward(model, r, past)[1])
     for r, end in zip(rows, ends):
         longer = [row + [4] for row in r]
         logits, _ = ttsi.forward(model, longer, end)
@@ -453,6 +455,7 @@ def test_a_cached_tool_list_is_not_computed_again(llama, tok):
             for adapt in ("suffix", "full")}
     saved = [rows["full"]["cost"][s][1] - rows["suffix"]["cost"][s][1] for s in ("train", "answer")]
     assert saved[0] == 2 * 2 * rows["full"]["head"], "two steps, forward and backward"
+    assert saved[1] >= rows["full"]["head"] - 12, "the adapted answer, of 12 tokens at most, begins behind the tools"
     head, asked = rows["full"]["head"], len(rows["full"]["ids"])
     assert rows["full"]["cost"]["prefill"][1] == asked - 1 and rows["full"]["cost"]["answer"][1] >= asked > head
 
@@ -635,8 +638,17 @@ def test_summary_by_hand():
     assert s["direct"]["seconds"] == 2.0 and s["direct"]["tokens"] == 20, "over those that were answered"
     assert s["ttsi"]["seconds"] == pytest.approx((7.5 + 2.5 + 3.5 + 2.5) / 4), "without the answers made for comparison, or a trace"
     assert s["verdicts"] == {"kept": 1, "wrong type": 1} and s["failed"] == {"d": "too long"}
+    assert s["tokens"]["direct"] == 5.0 and s["tokens"]["train"] == 15.0, "a stage's cost is a mean over all that were answered"
+    assert sum(s["tokens"].values()) == s["ttsi"]["tokens"] and list(s["seconds"]) == list(ttsi.STAGES)
     text = ttsi.table(s, ttsi.Config())
+    assert "tokens per sample: prefill 10, score 5, generate 0, train 15, answer 5, direct 5" in text
     assert "+20.0 [" in text and "2/5" in text and "counted as wrong: d: too long" in text and "(2.0x)" in text
+
+
+@pytest.mark.parametrize("error", ["", "too long"])
+def test_a_table_without_labels_or_direct_answers(error):
+    row = {"id": "a", "error": error, "cost": {} if error else {"prefill": (1.0, 10), "answer": (2.0, 20)}, "adapted": ""}
+    assert "1/1" in ttsi.table(ttsi.summarise([row]), ttsi.Config())
 
 
 def test_interval():
@@ -719,7 +731,8 @@ def test_flags():
     assert dataclasses.asdict(flags).items() >= stated.items()
     with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
         ttsi.parse_flags(["-h"])
-    assert all("--" + f.name.replace("_", "-") in text.getvalue() for f in dataclasses.fields(ttsi.Config))
+    options = text.getvalue().split("\noptions:")[1].split("--paper stands for")[0]
+    assert all("  --" + f.name.replace("_", "-") in options for f in dataclasses.fields(ttsi.Config))
 
 
 def quiet(*argv):
@@ -873,6 +886,25 @@ def test_training_goes_on_where_it_was_stopped(world, tmp_path, monkeypatch):
     assert all(torch.equal(weights[1][k], v) for k, v in weights[0].items())
 
 
+def test_a_stream_of_requests_to_one_agent_reads_its_tools_once(tmp_path):
+    samples = [json.loads(line) for line in (HERE / "data/demo.jsonl").read_text().splitlines()[:4]]
+    for s in samples[1:]:
+        s["tools"] = samples[0]["tools"]
+        del s["call"]
+    data = tmp_path / "agent.jsonl"
+    data.write_text("".join(json.dumps(s) + "\n" for s in samples))
+    outputs = {}
+    for size in (1, 4):
+        outputs[size] = tmp_path / f"{size}.jsonl"
+        quiet("--data", data, "--batch-size", size, "--output", outputs[size], "--max-new-tokens", 64)
+    alone, together = ([json.loads(line) for line in open(path)] for path in outputs.values())
+    first, *later = [row["cost"]["prefill"][1] for row in alone]
+    assert max(later) < 0.4 * first, "the tools of the sample before are read again"
+    assert sum(row["cost"]["prefill"][1] for row in together) < 1.5 * (first + sum(later)), "one list, read twice"
+    for a, b in zip(alone, together):
+        assert a["margin"] == pytest.approx(b["margin"], abs=1e-3) and a["answer"] == b["answer"] and a.get("pairs") == b.get("pairs")
+
+
 def test_gating_afterwards_equals_a_gated_run(lab):
     experiments, lab = lab
     both = lab.run(0, "--select all")
@@ -891,6 +923,43 @@ def test_controls_do_what_their_names_say(lab):
         named = before["candidates"], before["pairs"][0]["call"]["name"]
         gold = next(s for s in ttsi.read_jsonl(lab.args.data, ttsi.to_sample).values() if s["id"] == row["id"])["call"]
         assert row["scores"]["ttsi"]["name"] == (named[1] == gold["name"]) and "train" not in row["cost"]
+
+
+def test_variants_of_training_are_those_of_their_names(lab):
+    experiments, lab = lab
+    ours = ttsi.pair_tokens
+    shuffled = experiments.reshuffled(lab, 0)
+    assert ttsi.pair_tokens is ours, "a patch outlived its run"
+    full, suffix = lab.run(0, f"--adapt full --pairs {lab.path(0)}"), lab.run(0)
+    assert [r.get("pairs") for r in shuffled] == [r.get("pairs") for r in full] == [r.get("pairs") for r in suffix]
+    losses = [(a["loss"][0], b["loss"][0]) for a, b in zip(shuffled, full) if "loss" in a]
+    assert losses and any(abs(a - b) > 1e-4 for a, b in losses), "the tools were not reshuffled"
+    difference = ttsi.summarise(experiments.against(suffix, full))["difference"]
+    assert difference == pytest.approx(ttsi.summarise(suffix)["ttsi"]["call"] - ttsi.summarise(full)["ttsi"]["call"])
+
+
+def test_the_bench_measures_every_stage(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(HERE / "data"), *sys.path])
+    import bench
+    monkeypatch.setattr(bench, "DRAFT", 5)
+    monkeypatch.setattr(bench, "ANSWER", 3)
+    report = bench.main(["--shape", "embedded", "--rounds", "1", "--batch", "2", "--json"])
+    assert json.loads(capsys.readouterr().out)["rows"].keys() == report["rows"].keys() >= {
+        "direct", "certain", "uncertain, suffix", "uncertain, full", "H, after the prompt", "T, full", "T, floor of full"}
+    assert all(row["seconds"] > 0 for row in report["rows"].values()) and len(report["targets"]) in (4, 6)
+    assert bench.over([2, 4, 8, 6], [1, 1, 2, 2]) == (5 / 1.5, 3, 3.5, 4) and bench.over([1, 2, 9], [1, 1, 1]) == (2, 1, 2, 9)
+    keep = ttsi.tt_si
+    monkeypatch.setattr(ttsi, "tt_si", lambda *args, **kw: [x for x in keep(*args, **kw) if x["cost"].pop("train", 1)])
+    with pytest.raises(AssertionError):
+        bench.main(["--shape", "embedded", "--rounds", "1"])
+
+
+@slow
+def test_the_memory_of_a_long_run_does_not_grow(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(HERE / "data"), *sys.path])
+    import bench
+    report = bench.main(["batching", "--rounds", "1", "--items", "500"])
+    assert abs(report["MB per 1000 samples in the second half"]) < 60, report["MB in use"]
 
 
 def test_statistics_of_the_tables(lab):

@@ -6,7 +6,7 @@
        u >= tau: certain, answer with the base parameters
     G  u <  tau: uncertain, the same model writes K similar pairs (x', y'); it never sees the label of x
     T  a temporary LoRA is trained on these pairs, and x is answered with it;
-       then everything is reset: nothing is carried over to the next input
+       then everything is reset: nothing learned is carried over to the next input
 
     python ttsi.py                                  # embedded model and data, offline
     python ttsi.py --trace demo-067                 # one sample, step by step
@@ -14,7 +14,7 @@
 
 Departures from the paper, and choices where it is silent (--paper sets everything that it states):
  1. Four drafts must pass label-free checks (--check); the closest to x is trained on. 2. A pair is written call first.
- 3. SGD, normalised per adapter. The paper's lr 1e-4 must be AdamW's (--optimizer); no warm-up, 3 % of five steps.
+ 3. SGD, normalised per adapter; we take the paper's 1e-4 for AdamW's rate (--optimizer). No warm-up.
  4. The adapter acts behind the tool list only (--adapt suffix): one key/value cache of it serves every stage.
  5. Tools are offered in a seeded order (--shuffle): benchmarks tend to list the right one first.
  6. b samples are processed at once, each with an adapter of its own (--batch-size): same results, sooner.
@@ -48,7 +48,7 @@ class Config:
     seed: int = flag(0, "of drafts, adapter initialisation and candidate order")
     device: str = flag("auto", "a torch device; auto: cuda, else mps, else cpu")
     dtype: str = flag("auto", "auto: float32 on a CPU, else as stored", ("auto", "float32", "bfloat16", "float16"))
-    batch_size: int = flag(0, "samples at once; memory grows with it (README: Speed); 0: 25, 1 for other models [paper: 1]", 0)
+    batch_size: int = flag(0, "samples at once; memory grows with it (README: Speed); 0: 25, 1 for other models [ours]", 0)
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
     method: str = flag("ttsi", "train on the pairs, icl: show them [paper], direct: neither", ("ttsi", "icl", "direct"))
     tau: float = flag(0.95, "adapt where the margin is below [paper]", 0.0)
@@ -238,19 +238,19 @@ def prepare(model, tok, sample, cfg):
     return x
 
 # ---------------------------------------------------------------------------------------------- tokens, cache, stages
-Past = namedtuple("Past", "ids cache mask")  # R rows that were read, their key/value cache, (R, slots) which are real
+Past = namedtuple("Past", "ids cache mask")  # R rows that were read; a cache; (R, slots) which of its slots are theirs
 
 class Growing(transformers.cache_utils.DynamicLayer):
     """Keys and values of a layer, (R, heads, slots, d), with room: concatenation copies all of them for each token."""
-    room = None  # [keys, values, slots taken]; of those who continue the same slots, the first may have the room
+    room = None  # [buffers of keys and values, and what they hold]: room behind it for the first who continues that
     def update(self, keys, values, *_, **__):
         if not self.is_initialized or torch.is_grad_enabled():
             return super().update(keys, values)
         n, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
-        if not self.room or self.room[2] != n or self.room[0].shape[2] < end:
-            self.room = [torch.nn.functional.pad(t, (0, 0, 0, end - n + 63)) for t in (self.keys, self.values)] + [n]
-        self.room[0][:, :, n:end], self.room[1][:, :, n:end], self.room[2] = keys, values, end
-        self.keys, self.values = (t[:, :, :end] for t in self.room[:2])
+        if not self.room or self.room[2] is not self.keys or self.room[0].shape[2] < end:
+            self.room = [torch.nn.functional.pad(t, (0, 0, 0, end - n + 63)) for t in (self.keys, self.values)]
+        self.room[0][:, :, n:end], self.room[1][:, :, n:end] = keys, values
+        self.keys, self.values = self.room[2:] = [t[:, :, :end] for t in self.room[:2]]
         return self.keys, self.values
 
 def forward(model, rows, past=None, keep=1):
@@ -259,7 +259,7 @@ def forward(model, rows, past=None, keep=1):
     not changed. Rows are padded on the left: all end together, and only positions that matter go through the head."""
     begun, cache, mask = past or ([[]] * len(rows), transformers.DynamicCache(config=model.config),
                                   torch.zeros(len(rows), 0, dtype=torch.long))
-    cache = copy.copy(cache)  # an update rebinds a layer's tensors, so shallow copies make a fresh cache
+    cache = copy.copy(cache)  # shallow copies do: an update rebinds a layer's tensors, or takes room behind them
     cache.layers = [copy.copy(l) if past or l.is_sliding else Growing() for l in cache.layers]
     if past and [row[:-1] for row in rows] != past.ids:  # while decoding they are equal
         at = {tuple(ids): i for i, ids in enumerate(past.ids)}
@@ -268,7 +268,7 @@ def forward(model, rows, past=None, keep=1):
         begun, end = [past.ids[o] for o in owner], int(mask[owner].any(0).nonzero().max()) + 1
         mask = mask[owner, :end]
         for layer in cache.layers:
-            layer.keys, layer.values, layer.room = layer.keys[:, :, :end], layer.values[:, :, :end], None
+            layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
         cache.reorder_cache(torch.tensor(owner, device=model.device))
     new = [row[len(ids):] for row, ids in zip(rows, begun)]
     width = max(map(len, new))
@@ -640,7 +640,7 @@ def summarise(rows):
         costs = [{s: c[i] for s, c in r["cost"].items() if s != "direct" or "adapted" not in r} for r in answered]
         out[unit] = {s: mean([c.get(s, 0) for c in costs], len(costs)) for s in STAGES}
         out["direct"][unit] = mean([c["prefill"][i] + c["direct"][i] for c in compared], len(compared))
-        out["ttsi"][unit] = sum(out[unit].values())
+        out["ttsi"][unit] = mean([n for c in costs for s, n in c.items() if s != "trace"], len(costs))
     if scored:
         percent = lambda values: 100 * mean(values, len(scored))
         for side in ("direct", "ttsi"):
@@ -659,7 +659,7 @@ def table(s, cfg):
             ["always first", f'{s["always_first"]:.1f}' if s["labelled"] else "", *[""] * 7]]
     for label, side, more in (("direct", s["direct"], [""] * 4), (
             "TT-ICL" if cfg.method == "icl" else "TT-SI", s["ttsi"], [*change, f'{s["adapted"]}/{s["n"]}'])):
-        cost = [f"{side[u]:{f}}" + f' ({side[u] / s["direct"][u]:.1f}x)' * comparable for u, f in forms.items()]
+        cost = [f"{side[u]:{f}}" + f' ({side[u] / (s["direct"][u] or 1):.1f}x)' * comparable for u, f in forms.items()]
         rows += [[label, *(f"{side[k]:.1f}" if s["labelled"] else "" for k in ("name", "call")), *more, *cost]]
     lines = ["{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format(*row) for row in rows] + [""]
     lines += [f"{u} per sample: " + ", ".join(f"{stage} {n:{f}}" for stage, n in s[u].items()) for u, f in forms.items()]
@@ -723,7 +723,7 @@ def resume(cfg, settings, samples, size):
         whole = len(samples) if whole >= len(samples) else whole - whole % size
         rows = [loads(line.decode()) for line in lines[:whole]]
         need([r.get("id") for r in rows] == [s["id"] for s in samples[:whole]], "its rows are not those of this run")
-        file = open(path, "ab", buffering=0)
+        file = open(path, "a", encoding="utf-8", newline="\n")
         file.truncate(sum(map(len, lines[:whole])))
         beside.write_text(json.dumps({"config": settings}, indent=1), encoding="utf-8")
         return file, beside, rows
@@ -756,7 +756,7 @@ def run(cfg):
         if cfg.trace:
             trace(tok, xs[0], rows[-1], batch[0], cfg)
         if out:
-            out.write("".join(dumps(r) + "\n" for r in rows[-len(batch):]).encode())
+            print(*map(dumps, rows[-len(batch):]), sep="\n", file=out, flush=True)
             os.fsync(out.fileno())
     summary = summarise(rows) | {"config": settings, "versions": {
         "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}}

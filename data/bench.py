@@ -7,8 +7,9 @@
 
 Weights are random (the embedded model's are not). Random weights never write a valid draft, so lengths are forced and
 the pair to train on is supplied: every stage runs, in every round. The direct answer that ttsi.py makes of labelled
-samples only to compare with is left out. PEFT's rows appear if it is installed. Each ratio is one of medians; in
-brackets the quartiles of the ratios within a round.
+samples only to compare with is left out (not in `batching`, which is the default run). PEFT's row appears if it is
+installed: its usual loop, AdamW, one sample after the other. Each ratio is one of medians; in brackets the three quartiles
+of the ratios within a round, which a machine that slows down and recovers disturbs less.
 """
 import argparse
 import dataclasses
@@ -47,12 +48,13 @@ PAIR = {"request": "Please tell me about the flight to Rome, number 117 of 9 Jun
 
 
 def sealtool_like(n, filler=118):
-    """n requests to five tools, about 600 tokens of prompt, 45 of them after the tools, no labels."""
-    tools = [{"name": name, "description": ("one of the tools on offer, told in some words " * 3)[:filler],
+    """n requests, each to five tools of its own, about 600 tokens of prompt, 45 of them after the tools, no labels."""
+    tools = lambda i: [{"name": name, "description": (f"{i}: one of the tools on offer, told in some words " * 3)[:filler],
               "parameters": {"type": "object", "properties": {
                   key: {"type": "string"} for key in ("date", "place", "number")}, "required": ["date"]}}
              for name in NAMES]
-    return [{"id": str(i), "messages": [{"role": "user", "content": REQUEST}], "tools": tools} for i in range(n)]
+    return [{"id": str(i), "messages": [{"role": "user", "content": REQUEST}], "tools": tools(i)}
+            for i in range(n)]
 
 
 def load(args):
@@ -74,11 +76,11 @@ class Bench:
         xs = [ttsi.prepare(model, tok, s, cfg) for s in samples]
         ttsi.note(xs, pairs=[[PAIR]] * len(xs))
         self.xs, self.prompts = xs, [x["ids"] for x in xs]
-        self.pair, self.begin = ttsi.pair_tokens(tok, xs[0], PAIR)
+        self.pairs = [ttsi.pair_tokens(tok, x, PAIR) for x in xs]
         self.tools, self.asked = ttsi.prefill(model, tok, xs, [])
 
     def tt_si(self, samples=None, memory=None, **changes):
-        """Algorithm 1 as it is, with every stage forced to its length."""
+        """Algorithm 1 as it is, with every stage forced to its length and no stage left out."""
         cfg, generate, judge = dataclasses.replace(self.cfg, **changes), ttsi.generate, ttsi.judge
         longer = dataclasses.replace(cfg, max_new_tokens=DRAFT)
         ttsi.generate = lambda model, tok, xs, past, _: generate(model, tok, xs, past, longer)
@@ -89,6 +91,8 @@ class Bench:
             ttsi.generate, ttsi.judge = generate, judge
         stages = {"prefill", "score", *(["generate", "train", "answer"] if cfg.tau > 1 else ["direct"])}
         assert all(set(x["cost"]) == stages and not x["error"] for x in rows), [x["cost"] for x in rows]
+        least = {"generate": DRAFT, "answer": ANSWER, "direct": ANSWER}
+        assert all(x["cost"][s][1] >= n for x in rows for s, n in least.items() if s in stages), "it ended early"
         return rows
 
     def direct(self):
@@ -96,9 +100,11 @@ class Bench:
 
     @torch.no_grad()
     def library_generate(self):
-        ids = torch.tensor(self.prompts[:1] * len(self.prompts), device=self.model.device)
-        return self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=ANSWER,
-                                   min_new_tokens=ANSWER, pad_token_id=0)
+        width = max(map(len, self.prompts))
+        ids, mask = (torch.tensor(rows, device=self.model.device) for rows in (
+            [[0] * (width - len(p)) + p for p in self.prompts], [[0] * (width - len(p)) + [1] * len(p) for p in self.prompts]))
+        return self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=ANSWER, min_new_tokens=ANSWER,
+                                   pad_token_id=0)
 
     @torch.no_grad()
     def score_whole(self):
@@ -111,10 +117,11 @@ class Bench:
             ttsi.train(self.model, self.tok, self.xs, theta, past, dataclasses.replace(self.cfg, epochs=epochs))
 
     def floor(self):
-        """Forward and backward through the frozen model alone, as long as a step's rows are."""
-        ids = torch.tensor([self.pair] * len(self.xs), device=self.model.device)
+        """Forward and backward through the frozen model alone, as long as a step's longest row is."""
+        row, begin = max(self.pairs, key=lambda pair: len(pair[0]))
+        ids = torch.tensor([row] * len(self.xs), device=self.model.device)
         embedded = self.model.get_input_embeddings()(ids).requires_grad_()
-        n = len(self.pair) - self.begin
+        n = len(row) - begin
         with torch.enable_grad():
             logits = self.model(inputs_embeds=embedded, logits_to_keep=n + 1, use_cache=False).logits[:, :-1].float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, -n:].flatten())
@@ -123,11 +130,11 @@ class Bench:
     def peft(self):
         """The usual loop: an adapter built anew for each sample, the library's own loss, five AdamW steps, torn down."""
         from peft import LoraConfig, get_peft_model
-        for _ in self.xs:
+        for row, begin in self.pairs:
             wrapped = get_peft_model(self.model, LoraConfig(
                 r=self.cfg.lora_rank, lora_alpha=self.cfg.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
-            ids = torch.tensor([self.pair], device=self.model.device)
-            labels = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < self.begin, -100)
+            ids = torch.tensor([row], device=self.model.device)
+            labels = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < begin, -100)
             adam = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4)
             for _ in range(self.cfg.epochs):
                 wrapped(input_ids=ids, labels=labels, use_cache=False).loss.backward()
@@ -153,14 +160,19 @@ def measure(things, rounds, device):
 
 
 def over(a, b):
-    """Seconds of two things in the same rounds -> (ratio of their medians, quartiles of the ratios)."""
+    """Seconds of two things in the same rounds -> (ratio of their medians, the three quartiles of the ratios)."""
     ratios = sorted(x / y for x, y in zip(a, b))
-    return statistics.median(a) / statistics.median(b), ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+    return (statistics.median(a) / statistics.median(b), ratios[len(ratios) // 4], statistics.median(ratios),
+            ratios[-1 - len(ratios) // 4])
+
+
+def show(ratio):
+    return "{:.2f} [{:.2f}, {:.2f}, {:.2f}]".format(*ratio)
 
 
 TARGETS = [("certain", "direct", "at most 1.1"), ("uncertain, suffix", "direct", "at most 3"),
            ("T, PEFT", "T, suffix", "at least 4"), ("T, PEFT", "T, full", "at least 1"),
-           ("H, whole prompts", "H", "at least 4"), ("T, full", "T, floor of full", "at most 1.2")]
+           ("H, whole prompts", "H, after the prompt", "at least 4"), ("T, full", "T, floor of full", "at most 1.2")]
 
 
 def costs(args):
@@ -178,7 +190,8 @@ def costs(args):
         "uncertain, suffix": lambda: bench.tt_si(tau=2.0),
         "uncertain, suffix, tools read before": lambda: bench.tt_si(tau=2.0, memory=[bench.tools]),
         "uncertain, full": lambda: bench.tt_si(tau=2.0, adapt="full"),
-        "H": lambda: ttsi.score(model, tok, bench.xs, bench.asked, cfg), "H, whole prompts": bench.score_whole,
+        "H, after the prompt": lambda: ttsi.score(model, tok, bench.xs, bench.asked, cfg),
+        "H, whole prompts": bench.score_whole,
         "T, suffix": lambda: bench.train("suffix", steps), "T, full": lambda: bench.train("full", steps),
         "T, floor of full": lambda: [bench.floor() for _ in range(steps)]}
     if importlib.util.find_spec("peft"):
@@ -187,17 +200,21 @@ def costs(args):
         things["uncertain, suffix, one by one"] = lambda: [bench.tt_si([s], tau=2.0) for s in samples]
     shape = (f"{args.shape}: {model.num_parameters():,} parameters, {model.dtype} on {model.device}, "
              f"{torch.get_num_threads()} threads; {len(x['names'])} tools, prompt {len(x['ids'])} tokens, "
-             f"{len(x['ids']) - x['head']} after the tools, pair {len(bench.pair) - x['head']}; draft {DRAFT}, answer "
+             f"{len(x['ids']) - x['head']} after the tools, pair {len(bench.pairs[0][0]) - x['head']}; draft {DRAFT}, answer "
              f"{ANSWER}, {steps} steps, batch {len(samples)}, {args.rounds} rounds")
-    seconds = measure(things, args.rounds, model.device)
+    parse, ttsi.parse = ttsi.parse, lambda text: None  # a closed JSON object ends nothing, either
+    try:
+        seconds = measure(things, args.rounds, model.device)
+    finally:
+        ttsi.parse = parse
     rows = {name: {"seconds": statistics.median(s), "direct": over(s, seconds["direct"])} for name, s in seconds.items()}
     targets = [(a, b, over(seconds[a], seconds[b]), wanted) for a, b, wanted in TARGETS if a in seconds]
     read = rows["prompt alone"]["seconds"]
     step = (rows["direct"]["seconds"] - read) / ANSWER / (read / len(x["ids"]))
     text = [shape, "", "| | seconds | x direct |", "|---|---|---|"]
-    text += [f'| {n} | {r["seconds"]:.3f} | {r["direct"][0]:.2f} [{r["direct"][1]:.2f}, {r["direct"][2]:.2f}] |' for n, r in rows.items()]
+    text += [f'| {n} | {r["seconds"]:.3f} | {show(r["direct"])} |' for n, r in rows.items()]
     text += ["", "| ratio | here | wanted |", "|---|---|---|"]
-    text += [f"| {a} / {b} | {r[0]:.2f} [{r[1]:.2f}, {r[2]:.2f}] | {wanted} |" for a, b, r, wanted in targets]
+    text += [f"| {a} / {b} | {show(r)} | {wanted} |" for a, b, r, wanted in targets]
     text += ["", f"a token that is written takes as long as {step:.0f} that are read"]
     return {"shape": shape, "rows": rows, "targets": targets, "tokens read per token written": step}, text
 
@@ -221,19 +238,20 @@ def batching(args):
     sizes, few = (1, 5, 25, 50), samples[:50]
     seconds = measure({b: lambda b=b: run(b, few) for b in sizes}, args.rounds, model.device)
     fast = {b: over(seconds[1], s) for b, s in seconds.items()}
-    peaks = {}  # of children; the greatest so far, so in ascending order
+    peaks = {}  # of processes of their own, on a CPU
     for b in sizes:
-        subprocess.run([sys.executable, HERE.parent / "ttsi.py", "--batch-size", str(b), "--limit", "50"], check=True,
-                       capture_output=True)
-        peaks[b] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+        flags = ["--batch-size", str(b), "--limit", str(len(few)), "--data", args.data or cfg.data]
+        code = "import sys, ttsi; ttsi.main(sys.argv[1:]); print(open('/proc/self/status').read())"
+        status = subprocess.run([sys.executable, "-c", code, *flags], check=True, cwd=HERE.parent, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+        peaks[b] = int(status.split("VmHWM:")[1].split()[0]) / 1e3
     many, used = [dict(s, id=f'{s["id"]}-{k}') for k in range(10) for s in samples][:args.items], []
     run(25, many, lambda: used.append(resident()))
     half = used[len(used) // 2:]
     slope = statistics.linear_regression(range(len(half)), half).slope / 25 * 1000 if len(half) > 1 else None
     text = [f"embedded, {model.device}, {torch.get_num_threads()} threads, {len(few)} samples, {args.rounds} rounds", "",
             "| samples at once | samples/s | x one at a time | peak memory, MB |", "|---|---|---|---|"]
-    text += [f"| {b} | {len(few) / statistics.median(seconds[b]):.1f} | {fast[b][0]:.2f} [{fast[b][1]:.2f}, {fast[b][2]:.2f}]"
-             f" | {peaks[b]:.0f} |" for b in sizes]
+    text += [f"| {b} | {len(few) / statistics.median(seconds[b]):.1f} | {show(fast[b])} | {peaks[b]:.0f} |" for b in sizes]
     text += ["", f"{(peaks[sizes[-1]] - peaks[1]) / (sizes[-1] - 1):.1f} MB for each sample more; over {len(many)} samples, "
              f"25 at once, memory in use: {used[0]:.0f} MB after the first batch, {used[len(used) // 2]:.0f} after half of them,"
              f" {used[-1]:.0f} at the end"]

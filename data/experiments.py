@@ -2,7 +2,7 @@
 
     python data/experiments.py tune-G tune-T adapt --data data/dev.jsonl  # from these the defaults were chosen
     python data/experiments.py main controls dose                # on the test split: 5 seeds, 2 for the controls
-    python data/experiments.py main --only paper --model M --data D.jsonl   # any model, any canonical data
+    python data/experiments.py main --only accepted --model M --data D.jsonl   # any model, any canonical data
 
 Runs go to runs/ and are resumed; the numbers go to data/results/, and from there into the READMEs, between markers.
 A seed is one draw of drafts, adapter initialisations and tool order; the model is one and the same.
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -29,13 +30,14 @@ import world  # noqa: E402
 
 
 class Lab:
-    """Where runs are kept: one folder per version of ttsi.py and of the model's weights, so that none is stale."""
+    """Where runs are kept: one folder per version of ttsi.py, of the model's weights and of the data, so that none is
+    stale; one below it per version of a function that takes the place of another (`patched`)."""
 
     def __init__(self, args):
         self.args = args
         digest = hashlib.sha256((HERE.parent / "ttsi.py").read_bytes())
-        for weights in sorted(Path(args.model).glob("*.safetensors")):
-            digest.update(weights.read_bytes())
+        for file in (*sorted(Path(args.model).glob("*.safetensors")), Path(args.data)):
+            digest.update(file.read_bytes())
         self.runs = HERE.parent / "runs" / digest.hexdigest()[:12]
         self.runs.mkdir(parents=True, exist_ok=True)
         self.loaded, self.embedded = None, args.model == ttsi.Config.model
@@ -137,8 +139,9 @@ def dose(lab, seed, shift):
 
 
 @contextlib.contextmanager
-def patched(lab, folder, **functions):
+def patched(lab, **functions):
     """ttsi.py with other functions -> a Lab whose runs lie apart."""
+    folder = hashlib.sha256("".join(map(inspect.getsource, functions.values())).encode()).hexdigest()[:12]
     elsewhere, ours = copy.copy(lab), {name: getattr(ttsi, name) for name in functions}
     elsewhere.runs = lab.runs / folder
     elsewhere.runs.mkdir(exist_ok=True)
@@ -157,7 +160,7 @@ def clipped(lab, seed, lr):
         for p in theta:
             p -= lr * p.grad / norm.clamp(min=1).view(-1, *[1] * (p.dim() - 1))
     pairs = lab.path(seed, "--drafts 1")
-    with patched(lab, "clipped", sgd=sgd) as elsewhere:
+    with patched(lab, sgd=sgd) as elsewhere:
         return elsewhere.run(seed, f"--lr {lr} --pairs {pairs}")
 
 
@@ -167,12 +170,12 @@ def reshuffled(lab, seed):
         order = torch.randperm(len(x["tools"]), generator=ttsi.draw(seed, x["id"], "reshuffled", pair["request"]))
         return ours(tok, x | {"system": ttsi.system_text([x["tools"][i] for i in order])}, pair)
     pairs, ours = lab.path(seed), ttsi.pair_tokens
-    with patched(lab, "reshuffled", pair_tokens=pair_tokens) as elsewhere:
+    with patched(lab, pair_tokens=pair_tokens) as elsewhere:
         return elsewhere.run(seed, f"--adapt full --pairs {pairs}")
 
 
 def against(rows, other):
-    """The difference to another run in place of that to the direct answers."""
+    """The difference to another run in place of that to the direct answers: "direct" is the other run from here on."""
     return [row | {"scores": row["scores"] | {"direct": o["scores"]["ttsi"]}} for row, o in zip(rows, other, strict=True)]
 
 
@@ -204,12 +207,13 @@ GROUPS = {  # group -> (seeds, [(label, what the README calls a command, rows of
         "--k 2 --drafts 4 --cover", "--k 4 --drafts 4", "--k 4 --drafts 8", "--k 4 --drafts 16", "--k 8 --drafts 8")]),
     # from here on every row trains on the same pairs
     "adapt": (5, [
-        ("suffix (the default)", "--adapt suffix", lambda lab, s: lab.run(s)),
+        ("suffix (the default)", "--adapt suffix", lambda lab, s: lab.run(s, f"--pairs {lab.path(s)}")),
         ("full (the paper)", "--adapt full", lambda lab, s: lab.run(s, f"--adapt full --pairs {lab.path(s)}")),
         ("full, the training rows' tools reshuffled", "`reshuffled`", reshuffled),
         ("suffix against full", "`against`",
-         lambda lab, s: against(lab.run(s), lab.run(s, f"--adapt full --pairs {lab.path(s)}"))),
-        ("suffix against full, reshuffled", "`against`", lambda lab, s: against(lab.run(s), reshuffled(lab, s)))]),
+         lambda lab, s: against(lab.run(s, f"--pairs {lab.path(s)}"), lab.run(s, f"--adapt full --pairs {lab.path(s)}"))),
+        ("suffix against full, reshuffled", "`against`",
+         lambda lab, s: against(lab.run(s, f"--pairs {lab.path(s)}"), reshuffled(lab, s)))]),
     "tune-T": (2, [(flags, flags, lambda lab, s, flags=flags: lab.run(s, f"{flags} --pairs {lab.path(s, '--drafts 1')}"))
                    for flags in (*(f"--lr {x}" for x in (.03, .05, .07, .1, .14, .2, .3)),
                                  *(f"--optimizer adamw --lr {x}" for x in (1e-4, 3e-4, 1e-3, 3e-3)),
