@@ -4,6 +4,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import gc
 import hashlib
 import io
 import json
@@ -960,12 +961,24 @@ def test_the_bench_measures_every_stage(monkeypatch, capsys):
         bench.main(["--shape", "embedded", "--rounds", "1"])
 
 
+def test_no_tensor_outlives_its_batch(embedded):
+    model, tok = embedded
+    cfg, memory, alive = ttsi.Config(select="all", max_new_tokens=48, attempts=1), [], []
+    sample = next(iter(ttsi.read_jsonl(HERE / "data/demo.jsonl", ttsi.to_sample).values()))
+    for i in range(4):
+        ttsi.tt_si(model, tok, [dict(sample, id=str(i))], cfg, memory=memory)
+        gc.collect()
+        alive.append(sum(t.numel() for t in gc.get_objects() if type(t) is torch.Tensor))
+    assert alive[1] == alive[2] == alive[3], "of a batch, only the last tool list stays"
+
+
 @slow
-def test_the_memory_of_a_long_run_does_not_grow(monkeypatch):
+def test_the_bench_of_batching(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [str(HERE / "data"), *sys.path])
     import bench
-    report = bench.main(["batching", "--rounds", "1", "--items", "500"])
-    assert abs(report["MB per 1000 samples in the second half"]) < 60, report["MB in use"]
+    report = bench.main(["batching", "--rounds", "1", "--items", "100"])
+    assert len(report["MB in use"]) == 4 and report["peak MB"][50] > report["peak MB"][1]
+    assert "| 25 | " in capsys.readouterr().out
 
 
 def test_statistics_of_the_tables(lab):
