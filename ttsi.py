@@ -41,6 +41,7 @@ class Config:
     model: str = flag(str(HERE / "data/model"), "folder or hub name of a causal language model")
     data: str = flag(str(HERE / "data/demo.jsonl"), "samples, one JSON object a line (README: Your own data)")
     output: str = flag("", "one JSON row per sample goes here, a summary beside it; a run that was cut off goes on")
+    teacher: str = flag("", "a model that writes the drafts in its place: TT-D [paper]")
     pairs: str = flag("", "train on the pairs of this file, {id, pairs: [{request, call}]} a line, not on drafts")
     limit: int = flag(0, "only the first so many samples; 0: all", 0)
     ids: str = flag("", "only these samples, separated by commas")
@@ -220,6 +221,9 @@ def draw(*key):
     """A torch generator seeded by `key` alone: no draw depends on order, batch, resume or shard."""
     return torch.Generator().manual_seed(int(hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16], 16) >> 1)
 
+def context(model):
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
 def prepare(model, tok, sample, cfg):
     """What Algorithm 1 may see of a sample: request, tools, prompt. The label stays behind."""
     tools = sample["tools"]
@@ -228,13 +232,13 @@ def prepare(model, tok, sample, cfg):
         order = draw(cfg.seed, "order", [t["name"] for t in tools])
         tools = [tools[i] for i in torch.randperm(len(tools), generator=order)]
     x = {"id": sample["id"], "request": user_text(sample["messages"]), "system": system_text(tools), "tools": tools,
-         "names": [t["name"] for t in tools], "labelled": "call" in sample, "cost": {}, "error": ""}
+         "names": [t["name"] for t in tools], "labelled": "call" in sample, "cost": {}, "error": "", "tok": tok,
+         "context": context(model)}
     x["prompt"], head = render(tok, x["system"], x["request"])
     x["ids"], x["head"] = encode(tok, x["prompt"], head)
     x["candidates"] = [name_tokens(tok, x["prompt"], name) for name in x["names"]]
-    context = x["context"] = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if max(len(x["ids"]) + cfg.max_new_tokens, *(len(ids) for ids, _ in x["candidates"])) > context:
-        x["error"] = f'prompt of {len(x["ids"])} + {cfg.max_new_tokens} tokens, they exceed the context of {context}'
+    if max(len(x["ids"]) + cfg.max_new_tokens, *(len(ids) for ids, _ in x["candidates"])) > x["context"]:
+        x["error"] = f'prompt of {len(x["ids"])} + {cfg.max_new_tokens} tokens, they exceed the context of {x["context"]}'
     return x
 
 # ---------------------------------------------------------------------------------------------- tokens, cache, stages
@@ -395,45 +399,49 @@ def certainty(logp):
 
 # ---------------------------------------------------------------------------------------------- G: self-data
 @metered
+@torch.no_grad()
 def generate(model, tok, xs, past, cfg):
-    """G. The model writes drafts, up to `attempts` times, until K pass -> for each sample [{text, verdict, pair}]."""
+    """G. The model, or a teacher in its place (past: None), writes drafts, up to `attempts` times, until K pass
+    -> for each sample [{text, verdict, pair}]."""
     drafts, prompts = [[] for _ in xs], [render(tok, x["system"], DRAFT + x["request"])[0] for x in xs]
     for _ in range(cfg.attempts):
-        rows, start, uniform, owner = [], [], [], []
+        rows, start, uniform, owner, shared = [], [], [], [], []
         for x, prompt, mine in zip(xs, prompts, drafts):
             ids, begin = encode(tok, prompt, len(prompt))
             missing = cfg.k - sum(d["pair"] is not None for d in mine)
             numbers = range(len(mine), len(mine) + max(cfg.drafts, missing) * (missing > 0))
             names = [name for _, name in sorted(zip(x.get("logp", []), x["names"]), reverse=True)]
             new = [name_tokens(tok, prompt + '{"call": ', names[d % len(names)])[0] if cfg.cover else ids for d in numbers]
-            if max(map(len, [ids] + new)) + cfg.max_new_tokens > x["context"]:
+            if max(map(len, [ids] + new)) + cfg.max_new_tokens > context(model):
                 mine[:] = [{"text": "", "verdict": "the prompt for drafts exceeds the context", "pair": None}]
                 continue
+            shared += [os.path.commonprefix([ids] + new)[:-1]] * (missing > 0)  # of token ids: read once for all drafts
             rows, start, owner = rows + new, start + [begin] * len(new), owner + [(x, mine)] * len(new)
             uniform += [torch.rand(cfg.max_new_tokens, generator=draw(cfg.seed, x["id"], "draft", d)) for d in numbers]
         if not rows:
             break
-        texts = decode(model, tok, rows, start, cfg.max_new_tokens, past, cfg.temperature, torch.stack(uniform))
+        asked = forward(model, shared, past)[1]
+        texts = decode(model, tok, rows, start, cfg.max_new_tokens, asked, cfg.temperature, torch.stack(uniform))
         for (x, mine), text in zip(owner, texts):
-            mine.append(judge(tok, parse(text), text, x, mine, cfg))
+            mine.append(judge(parse(text), text, x, mine, cfg))
     return drafts
 
-def supplied(tok, xs, pairs, cfg):
+def supplied(xs, pairs, cfg):
     """In place of G: drafts out of a file. A copy of the sample's own request is refused, checks or no checks."""
     drafts = [[] for _ in xs]
     for x, mine in zip(xs, drafts):
         for pair in pairs.get(x["id"], []):
-            mine.append(judge(tok, pair, dumps(pair), x, mine, cfg, copies=False))
+            mine.append(judge(pair, dumps(pair), x, mine, cfg, copies=False))
     return drafts
 
-def judge(tok, draft, text, x, before, cfg, copies=True):
+def judge(draft, text, x, before, cfg, copies=True):
     """One draft, parsed -> {text, verdict, pair or None}. Unchecked, all that it needs are a request and a call."""
     if not fits(draft, {"request": str, "call": CALL}) or not draft["request"].strip():
         return {"text": text, "verdict": "no JSON object with a request and a call", "pair": None}
     pair = {"request": draft["request"].strip(), "call": {key: draft["call"][key] for key in CALL}}
     copied = "copy of the request" * (not copies and words(pair["request"]) == words(x["request"]))
     wrong = copied or (check(pair, x, [d["pair"] for d in before if d["pair"]]) if cfg.check else "")
-    if len(pair_tokens(tok, x, pair)[0]) > x["context"]:
+    if len(pair_tokens(x["tok"], x, pair)[0]) > x["context"]:
         wrong = "exceeds the context"
     return {"text": text, "verdict": wrong or "kept", "pair": None if wrong else pair}
 
@@ -549,11 +557,13 @@ def sgd(theta, lr):
         p -= lr * p.grad / norm.view(-1, *[1] * (p.dim() - 1))
 
 # ---------------------------------------------------------------------------------------------- Algorithm 1
-def tt_si(model, tok, samples, cfg, pairs=None, memory=None):
+def tt_si(model, tok, samples, cfg, pairs=None, teacher=None, memory=None):
     """Algorithm 1 for b independent samples at once -> their rows, in order. b = 1 is the paper, literally. No label is
-    read: `prepare` leaves it behind. pairs: {id: [{request, call}]} to take instead of G. memory: for `prefill`."""
-    if len(samples) > 1 and windowed(model):
-        return [row for s in samples for row in tt_si(model, tok, [s], cfg, pairs, memory)]
+    read: `prepare` leaves it behind. pairs: {id: [{request, call}]} to take instead of G; teacher: (model, tokenizer)
+    that writes them, TT-D [paper]. memory: for `prefill`."""
+    writer = teacher or (model, tok)
+    if len(samples) > 1 and (windowed(model) or windowed(writer[0])):
+        return [row for s in samples for row in tt_si(model, tok, [s], cfg, pairs, teacher, memory)]
     rows = [prepare(model, tok, s, cfg) for s in samples]
     xs = [x for x in rows if not x["error"]]
     tools, asked = prefill(model, tok, xs, [] if memory is None else memory) or (None, None)
@@ -563,8 +573,8 @@ def tt_si(model, tok, samples, cfg, pairs=None, memory=None):
     chosen = [x for x in xs if cfg.method != "direct"
               and (cfg.select == "all" or (x["margin"] < cfg.tau) == (cfg.select == "uncertain"))]
 
-    note(chosen, drafts=generate(model, tok, chosen, tools, cfg) if pairs is None   # G  (x', y') ~ P( . | x)
-         else supplied(tok, chosen, pairs, cfg))
+    note(chosen, drafts=supplied(chosen, pairs, cfg) if pairs is not None           # G  (x', y') ~ P( . | x)
+         else generate(*writer, chosen, None if teacher else tools, cfg))
     note(chosen, pairs=[closest(x)[:cfg.k] for x in chosen])
     learners = [x for x in chosen if x["pairs"]]                                    #    no pair, no training
     students = learners if cfg.method == "ttsi" else []                             #    TT-ICL: pairs in the prompt
@@ -623,6 +633,21 @@ def interval(differences, resamples=10_000, seed=0):
     means = torch.stack([d[torch.randint(len(d), (len(d),), generator=g)].mean() for _ in range(resamples)])
     return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
+def auroc(values, right):
+    """The probability that a right one has the higher value, ties counting half; None where all are right, or none."""
+    high, low = (torch.tensor([v for v, r in zip(values, right) if r == side], dtype=torch.float64) for side in (1, 0))
+    return ((high[:, None] > low).double() + (high[:, None] == low) / 2).mean().item() if len(high) * len(low) else None
+
+def every_tau(rows):
+    """What each tau would have given, from rows that were answered both ways (--select all): with the samples below it
+    adapted, and as a control only the others. It lists the taus at which something changes."""
+    rows = sorted((r for r in rows if "scores" in r), key=lambda r: r.get("margin", 2))
+    margins, n = [r.get("margin", 2) for r in rows] + [2], max(1, len(rows))
+    direct, adapted = ([r["scores"][side]["call"] for r in rows] for side in ("direct", "ttsi"))
+    return [{"tau": tau, "adapted": sum("adapted" in r for r in rows[:i]), "call": 100 * sum(adapted[:i] + direct[i:]) / n,
+             "certain_only": 100 * sum(direct[:i] + adapted[i:]) / n}
+            for i, tau in enumerate(margins) if i == 0 or margins[i - 1] < tau]
+
 STAGES = ("prefill", "score", "generate", "train", "answer", "direct")
 def summarise(rows):
     """-> counts, cost per sample, accuracies in percent over ALL labelled samples, and their paired difference."""
@@ -646,6 +671,9 @@ def summarise(rows):
         for side in ("direct", "ttsi"):
             out[side] |= {kind: percent([s[side][kind] for s in scored]) for kind in ("name", "call")}
         change = [s["ttsi"]["call"] - s["direct"]["call"] for s in scored]
+        judged = [r for r in answered if "scores" in r]
+        out["auroc"] = {kind: auroc([r["margin"] for r in judged], [r["scores"]["direct"][kind] for r in judged])
+                        for kind in ("name", "call")}  # of the margin, for right names and for right calls
         out |= {"always_first": percent([s["first"] for s in scored]), "difference": percent(change),
                 "interval": [100 * q for q in interval(change)], "wins": change.count(1), "losses": change.count(-1)}
     return out
@@ -666,6 +694,9 @@ def table(s, cfg):
     lines += [", ".join(f"{n} drafts: {verdict}" for verdict, n in s["verdicts"].items()) or "no drafts"]
     lines += [f'{s["one_candidate"]} samples offer one tool only: no runner-up, margin 1'] * (s["one_candidate"] > 0)
     lines += [f"not answered, counted as wrong: {i}: {error}" for i, error in s["failed"].items()]
+    for tau in (0.35, 0.5, 0.8, 0.9, 0.95, 0.99) if s.get("every_tau") else ():
+        e = next(e for e in s["every_tau"] if e["tau"] >= tau)
+        lines += [f'tau {tau:<4}: {e["adapted"]:4} adapted, call {e["call"]:.1f}; only the others {e["certain_only"]:.1f}']
     return "\n".join(lines + [f'with {s["labelled"]} samples the interval is wide'] * (0 < s["labelled"] < 300))
 
 def trace(tok, x, row, sample, cfg):
@@ -690,23 +721,24 @@ def trace(tok, x, row, sample, cfg):
              f'before: {verdict(row["scores"]["direct"])}', f'after:  {verdict(row["scores"]["ttsi"])}')
 
 # ---------------------------------------------------------------------------------------------- running
-def load(cfg):
+def load(cfg, flag="model"):
     """-> (model, tokenizer), frozen; from safetensors only, without running code that comes with a model."""
+    name = getattr(cfg, flag)
     device = cfg.device if cfg.device != "auto" else (
         "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     dtype = cfg.dtype if cfg.dtype != "auto" else "float32" if device == "cpu" else "auto"
     try:
-        tok = transformers.AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
+        tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            cfg.model, dtype=getattr(torch, dtype, dtype), trust_remote_code=False, use_safetensors=True)
+            name, dtype=getattr(torch, dtype, dtype), trust_remote_code=False, use_safetensors=True)
         model = model.to(device).eval().requires_grad_(False)
     except Exception as e:  # whatever goes wrong in there is about this model or device
-        raise InputError(f"--model {cfg.model}: cannot be loaded on {device}: {' '.join(str(e).split())[:200]};"
+        raise InputError(f"--{flag} {name}: cannot be loaded on {device}: {' '.join(str(e).split())[:200]};"
                          " give a folder or hub name of a causal language model in safetensors") from e
-    need(tok.is_fast and linear_layers(model), f"--model {cfg.model}: needs a fast tokenizer and linear layers")
+    need(tok.is_fast and linear_layers(model), f"--{flag} {name}: needs a fast tokenizer and linear layers")
     plain = (transformers.cache_utils.DynamicLayer, transformers.cache_utils.DynamicSlidingWindowLayer)
     need(all(type(layer) in plain for layer in transformers.DynamicCache(config=model.config).layers),
-         f"--model {cfg.model}: its cache is no plain key/value cache (linear attention, state space); not supported")
+         f"--{flag} {name}: its cache is no plain key/value cache (linear attention, state space); not supported")
     return model, tok
 
 def resume(cfg, settings, samples, size):
@@ -739,6 +771,7 @@ def run(cfg):
         need(i in samples, f"{cfg.data}: no sample has the id {i}; the first is {next(iter(samples))}")
     samples = [samples[i] for i in samples if i in set(wanted)][:cfg.limit or None]
     pairs = read_jsonl(cfg.pairs, to_pairs) if cfg.pairs else None
+    need(not (pairs and cfg.teacher), "--pairs or --teacher: both say what to train on; give one of them")
     need(not pairs or any(s["id"] in pairs for s in samples), f"{cfg.pairs}: no pairs for any sample of {cfg.data}")
     size = cfg.batch_size or (25 if cfg.model == Config.model else 1)
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("output", "trace")}
@@ -746,20 +779,23 @@ def run(cfg):
         settings[key + "_sha256"] = hashlib.sha256(Path(settings[key]).read_bytes()).hexdigest()
     out, beside, rows = resume(cfg, settings, samples, size) if cfg.output else (None, None, [])
     model, tok = load(cfg)
+    teacher = load(cfg, "teacher") if cfg.teacher else None
     sizes = [sum(p.numel() for p in fresh(layer, [torch.Generator()], cfg)) for layer in linear_layers(model)]
     print(f"{len(samples)} samples of {os.path.relpath(cfg.data)}; {os.path.relpath(cfg.model)}, {model.dtype} on"
           f" {model.device}: {model.num_parameters():,} parameters, an adapter {sum(sizes):,} on {len(sizes)} layers\n")
     batches, memory = [samples[i:i + size] for i in range(len(rows), len(samples), size)], []
     for batch in tqdm(batches, unit="batch", disable=bool(cfg.trace)):
-        xs = tt_si(model, tok, batch, cfg, pairs, memory)
+        xs = tt_si(model, tok, batch, cfg, pairs, teacher, memory)
         rows += [finish(x, s, cfg) for x, s in zip(xs, batch)]
         if cfg.trace:
-            trace(tok, xs[0], rows[-1], batch[0], cfg)
+            trace((teacher or (model, tok))[1], xs[0], rows[-1], batch[0], cfg)
         if out:
             print(*map(dumps, rows[-len(batch):]), sep="\n", file=out, flush=True)
             os.fsync(out.fileno())
     summary = summarise(rows) | {"config": settings, "versions": {
         "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}}
+    if cfg.select == "all":
+        summary["every_tau"] = every_tau(rows)
     if out:
         out.close()
         beside.write_text(json.dumps(summary, indent=1), encoding="utf-8")

@@ -2,6 +2,7 @@
 
     python data/world.py                # everything, half an hour on two CPU cores; a killed run goes on where it was
     python data/world.py --data-only    # the jsonl files alone, in seconds
+    python data/world.py --teacher      # data/model, trained on: the teacher of TT-D
 
 **World.** 24 verbs x 30 objects = 720 tools such as `cancel_flight`, split by name. A request says the verb, the
 object and 1 to 3 values; four or five confusable tools are on offer; the answer is a call. Parameters are drawn
@@ -52,6 +53,8 @@ KEEP_VALUE = .3       # writing: a slot that the seed also has keeps its value
 NOVEL = .5            # values made of random syllables, where the slot allows that
 WRITE = .55           # share of writing among the training examples
 OPTIONAL = .5         # an optional argument is mentioned
+ANSWER_RARE = .5      # the teacher alone: answers to rare wordings
+STAY = .5             # the teacher alone: what is written stays with the seed's tool
 
 # ---------------------------------------------------------------------------------------------------------- words
 
@@ -217,15 +220,17 @@ def answer_pair(r, tool, shifted=False):
     return request, call
 
 
-def draft_triple(r, tools):
-    """The writing skill: seed request -> (call, request), for a tool drawn independently of the seed's."""
-    seed = call_of(r, r.choice(tools))
+def draft_triple(r, tools, stay=0.):
+    """The writing skill: seed request -> (call, request), for a tool drawn independently of the seed's; the teacher's
+    with probability `stay` for the very same."""
+    seed_tool = r.choice(tools)
+    seed = call_of(r, seed_tool)
     verb, noun = seed["name"].split("_")
     said_verb, said_noun = wording(r, VERBS, verb, RARE_SEED), wording(r, NOUNS, noun, RARE_SEED)
     frame = r.choice(FRAMES)
     seed_request = request_of(r, seed, said_verb, said_noun, frame)
     known = {SLOT_OF[k]: v for k, v in seed["arguments"].items()}
-    tool = r.choice(tools)
+    tool = seed_tool if stay and r.random() < stay else r.choice(tools)
     while True:
         call = call_of(r, tool, known)
         v, o = call["name"].split("_")
@@ -377,17 +382,17 @@ def lookup_row(r, words, fragments):
             [t for k, v in asked for t in k + between[r.choice([0, 2])] + v])
 
 
-def examples(r, tok, tools, n, copy):
+def examples(r, tok, tools, n, copy, teacher):
     """n examples for one tool list: (prompt after the tool list, output, kind)."""
     words = range(len(SPECIAL), len(tok) - len(FRAGMENTS))
     for _ in range(n):
         if r.random() < copy:
             yield *(copy_row if r.random() < .4 else lookup_row)(r, words, range(words.stop, len(tok))), COPY
         elif r.random() < WRITE:
-            seed_request, call, request = draft_triple(r, tools)
+            seed_request, call, request = draft_triple(r, tools, STAY * teacher)
             yield prompts(tok, tools, ttsi.DRAFT + seed_request)[1], draft_text(call, request), WRITING
         else:
-            request, call = answer_pair(r, r.choice(tools))
+            request, call = answer_pair(r, r.choice(tools), teacher and r.random() < ANSWER_RARE)
             yield prompts(tok, tools, request)[1], answer_text(call), ANSWER
 
 
@@ -420,7 +425,7 @@ class Weigher:
         return out
 
 
-def batch(seed, step, tok, weigher):
+def batch(seed, step, tok, weigher, teacher=False):
     """-> ids, labels, weights, classes, kinds, positions (B, T) and mask (B, 1, T, T); a function of (seed, step)."""
     import torch
     r = random.Random(draw(seed, "batch", step))
@@ -430,7 +435,7 @@ def batch(seed, step, tok, weigher):
         tools = offer(r, "train", r.choice(sizes))
         r.shuffle(tools)
         heads.append(prompts(tok, tools, "")[0])
-        branches.append(list(examples(r, tok, tools, 9, copy)))
+        branches.append(list(examples(r, tok, tools, 9, copy, teacher)))
     texts = iter(tok(heads + [t for row in branches for x, y, kind in row if kind != COPY for t in (x, y)],
                      add_special_tokens=False).input_ids)
     heads = [next(texts) for _ in heads]
@@ -460,9 +465,9 @@ def batch(seed, step, tok, weigher):
 class Muon:
     """Momentum, orthogonalised by five Newton-Schulz steps; for matrices, where it learns far faster than Adam."""
 
-    def __init__(self, params, momentum=.95, decay=.05):
+    def __init__(self, params, dtype, momentum=.95, decay=.05):
         import torch
-        self.params, self.momentum, self.decay, self.lr = list(params), momentum, decay, 0.
+        self.params, self.dtype, self.momentum, self.decay, self.lr = list(params), dtype, momentum, decay, 0.
         self.buffers = [torch.zeros_like(p) for p in self.params]
 
     def step(self):
@@ -473,7 +478,7 @@ class Muon:
                 b.mul_(self.momentum).add_(p.grad)
                 groups.setdefault(p.shape, []).append((p, p.grad + self.momentum * b))
             for (rows, cols), group in groups.items():  # one stack per shape: few large products
-                g = torch.stack([g for _, g in group]).bfloat16()
+                g = torch.stack([g for _, g in group]).to(self.dtype)
                 g = g.mT if rows > cols else g
                 g = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
                 for _ in range(5):
@@ -547,10 +552,12 @@ def train(args, tok):
     import torch.nn.functional as F
     torch.set_num_threads(args.threads)
     model = build_model(tok, args)
+    if args.teacher:  # it goes on where the embedded model ended
+        model.load_state_dict(type(model).from_pretrained(HERE / "model", dtype=torch.float32).state_dict())
     matrices = [p for k, p in model.named_parameters() if p.ndim > 1 and "embed" not in k and "lm_head" not in k]
     others = [p for k, p in model.named_parameters() if not any(p is q for q in matrices)]
     adam = torch.optim.AdamW(others, lr=0., betas=(.9, .98), weight_decay=.01, fused=True)
-    muon = Muon(matrices)
+    muon = Muon(matrices, torch.bfloat16 if args.bf16 else torch.float32)
     weigher, first = Weigher(tok), 0
     state_file = Path(args.checkpoint) / "state.pt"
     key = {k: v for k, v in vars(args).items() if k not in ("minutes", "threads", "checkpoint", "compile", "data_only")}
@@ -572,7 +579,8 @@ def train(args, tok):
         muon.lr = args.muon * rate
         for group in adam.param_groups:
             group["lr"] = args.lr * rate
-        ids, labels, weights, classes, kinds, positions, sees = batch(args.seed, step, tok, weigher)
+        ids, labels, weights, classes, kinds, positions, sees = batch(
+            args.seed, step + args.teacher * 7500, tok, weigher, args.teacher)
         target = labels[:, 1:] >= 0
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
             bias = torch.zeros(sees.shape, dtype=torch.bfloat16 if args.bf16 else torch.float32)
@@ -630,15 +638,20 @@ def main():
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--checkpoint", default=str(Path(tempfile.gettempdir()) / "ttsi-world"))
     p.add_argument("--data-only", action="store_true")
+    p.add_argument("--teacher", action="store_true",
+                   help="data/teacher: the embedded model, trained on for 400 steps in float32, rates 1e-3 and .006")
     args = p.parse_args()
-    write_data(args.seed)
+    if args.teacher:
+        args.steps, args.lr, args.muon, args.bf16, args.checkpoint = 400, 1e-3, .006, False, args.checkpoint + "-teacher"
+    else:
+        write_data(args.seed)
     if args.data_only:
         return
     Path(args.checkpoint).mkdir(parents=True, exist_ok=True)
     tok = build_tokenizer()
     check_tokenizer(tok, args.seed)
     model = train(args, tok)
-    save(model, tok, HERE / "model")
+    save(model, tok, HERE / ("teacher" if args.teacher else "model"))
 
 
 if __name__ == "__main__":
