@@ -413,7 +413,7 @@ def test_generation_stops_at_k_and_counts_every_rejection(llama, tok, monkeypatc
 def test_a_supplied_copy_of_the_request_is_refused_even_unchecked(llama, tok):
     xs = prepared(llama, tok, config())
     copy_ = {"b": [{"request": "Cancel my flight to Rome would you please", "call": SAMPLES[1]["call"]}] + PAIRS["b"]}
-    drafts = ttsi.supplied(tok, xs, copy_, config(check=False))[1]
+    drafts = ttsi.supplied(xs, copy_, config(check=False))[1]
     assert [d["verdict"] for d in drafts] == ["copy of the request", "kept"]
 
 
@@ -639,8 +639,8 @@ def test_summary_by_hand():
     assert s["direct"]["seconds"] == 2.0 and s["direct"]["tokens"] == 20, "over those that were answered"
     assert s["ttsi"]["seconds"] == pytest.approx((7.5 + 2.5 + 3.5 + 2.5) / 4), "without the answers made for comparison, or a trace"
     assert s["verdicts"] == {"kept": 1, "wrong type": 1} and s["failed"] == {"d": "too long"}
-    assert s["tokens"]["direct"] == 5.0 and s["tokens"]["train"] == 15.0, "a stage's cost is a mean over all that were answered"
-    assert sum(s["tokens"].values()) == s["ttsi"]["tokens"] and list(s["seconds"]) == list(ttsi.STAGES)
+    assert s["cost"]["tokens"]["direct"] == 5.0 and s["cost"]["tokens"]["train"] == 15.0, "a stage's cost is a mean over all that were answered"
+    assert sum(s["cost"]["tokens"].values()) == s["ttsi"]["tokens"] and list(s["cost"]["seconds"]) == list(ttsi.STAGES)
     text = ttsi.table(s, ttsi.Config())
     assert "tokens per sample: prefill 10, score 5, generate 0, train 15, answer 5, direct 5" in text
     assert "+20.0 [" in text and "2/5" in text and "counted as wrong: d: too long" in text and "(2.0x)" in text
@@ -987,7 +987,7 @@ def test_statistics_of_the_tables(lab):
     experiments, _ = lab
     assert experiments.signs(5, 0) == experiments.signs(0, 5) == 2 / 32 and experiments.signs(3, 3) == 1
     assert experiments.signs(7, 2) == pytest.approx(2 * (1 + 9 + 36) / 512)
-    assert experiments.auroc([.9, .5, .5, .1], [1, 1, 0, 0]) == (1 + 1 + .5 + 1) / 4 and experiments.auroc([1], [1]) is None
+    assert ttsi.auroc([.9, .5, .5, .1], [1, 1, 0, 0]) == (1 + 1 + .5 + 1) / 4 and ttsi.auroc([1], [1]) is None
 
 
 def test_the_tables_are_those_of_the_results(lab):

@@ -180,18 +180,18 @@ def user_text(messages):
         turns += [f'call: {dumps(c.get("function", c))}' for c in m.get("tool_calls") or []]
     return "\n".join(turns)
 
+PLAIN = ("{{ bos_token }}{% for m in messages %}{{ {'system': '', 'user': '\n\nRequest: ', 'assistant': '\nAnswer:\n'}[m.role]"
+         " + m.content }}{% endfor %}\nAnswer:\n")  # for tokenizers without a chat template
 def render(tok, system, user, shown=()):
     """-> (prompt, length of its part that ends with the system text), by the chat template; shown pairs are turns."""
-    turns = [(pair["request"], dumps(pair["call"])) for pair in shown] + [(user, "")]
-    if not tok.chat_template:
-        head = (tok.bos_token or "") + system
-        return head + "".join(f"\n\nRequest: {ask}\nAnswer:\n{reply}" for ask, reply in turns), len(head)
-    talk = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)][:-1]
+    turns = [turn for pair in shown for turn in (pair["request"], dumps(pair["call"]))] + [user]
+    talk = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     folded = dict(talk[0], content=f'{system}\n\n{talk[0]["content"]}')  # for templates without a system role
     for messages in ([{"role": "system", "content": system}, *talk], [folded, *talk[1:]]):
         try:
-            text = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
-                                           enable_thinking=False, date_string="01 January 2026")
+            text = tok.apply_chat_template(
+                messages, chat_template=tok.chat_template or PLAIN, tokenize=False, add_generation_prompt=True,
+                enable_thinking=False, date_string="01 January 2026")
         except Exception as e:  # jinja2's own: some templates raise on a system role, others drop it silently
             text = str(e)
         head = text.find(system) + len(system)
@@ -281,8 +281,10 @@ def forward(model, rows, past=None, keep=1):
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]  # pads do not count
     last = torch.arange(max(0, width - keep), width)  # no slice: the head is faster on contiguous tensors
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=True,
-                   position_ids=position.to(model.device), past_key_values=cache, logits_to_keep=last).logits
+                   position_ids=position.to(model.device), cache=cache, logits_to_keep=last).logits
+    forward.tokens += ids.numel() * (1 + torch.is_grad_enabled())
     return logits, Past(list(rows), cache, mask)
+forward.tokens = 0  # read so far, for `metered`
 
 def windowed(model):
     """Does a layer see a window of slots only? Padding would then push real tokens out of it."""
@@ -340,17 +342,13 @@ def metered(f):
     def stage(model, tok, xs, *args, name=f.__name__, **kw):
         if not xs:
             return []
-        tokens, start = [], time.perf_counter()
-        hook = model.register_forward_pre_hook(lambda _, args, kw: tokens.append(
-            kw["input_ids"].numel() * (1 + torch.is_grad_enabled())), with_kwargs=True)
-        try:
-            return f(model, tok, xs, *args, **kw)
-        finally:
-            hook.remove()
-            torch.cuda.synchronize() if model.device.type == "cuda" else None
-            for x in xs:
-                seconds, count = x["cost"].get(name, (0, 0))
-                x["cost"][name] = (seconds + (time.perf_counter() - start) / len(xs), count + sum(tokens) / len(xs))
+        before, start = forward.tokens, time.perf_counter()
+        out = f(model, tok, xs, *args, **kw)
+        torch.cuda.synchronize() if model.device.type == "cuda" else None
+        spent = time.perf_counter() - start, forward.tokens - before
+        for x in xs:
+            x["cost"][name] = tuple(old + new / len(xs) for old, new in zip(x["cost"].get(name, (0, 0)), spent))
+        return out
     return stage
 
 @metered
@@ -639,58 +637,55 @@ def auroc(values, right):
     return ((high[:, None] > low).double() + (high[:, None] == low) / 2).mean().item() if len(high) * len(low) else None
 
 def every_tau(rows):
-    """What each tau would have given, from rows that were answered both ways (--select all): with the samples below it
-    adapted, and as a control only the others. It lists the taus at which something changes."""
+    """Rows that were answered both ways (--select all) -> for each tau at which something changes, the samples adapted
+    and call accuracy, in percent; as a control also with only the others adapted."""
     rows = sorted((r for r in rows if "scores" in r), key=lambda r: r.get("margin", 2))
-    margins, n = [r.get("margin", 2) for r in rows] + [2], max(1, len(rows))
-    direct, adapted = ([r["scores"][side]["call"] for r in rows] for side in ("direct", "ttsi"))
-    return [{"tau": tau, "adapted": sum("adapted" in r for r in rows[:i]), "call": 100 * sum(adapted[:i] + direct[i:]) / n,
-             "certain_only": 100 * sum(direct[:i] + adapted[i:]) / n}
-            for i, tau in enumerate(margins) if i == 0 or margins[i - 1] < tau]
+    taus = [r.get("margin", 2) for r in rows] + [2]
+    call = lambda side, part: 100 * sum(r["scores"][side]["call"] for r in part) / len(rows)
+    return [{"tau": tau, "adapted": sum("adapted" in r for r in rows[:i]),
+             "call": call("ttsi", rows[:i]) + call("direct", rows[i:]),
+             "certain_only": call("direct", rows[:i]) + call("ttsi", rows[i:])}
+            for i, tau in enumerate(taus) if rows and tau not in taus[:i]]
 
 STAGES = ("prefill", "score", "generate", "train", "answer", "direct")
 def summarise(rows):
     """-> counts, cost per sample, accuracies in percent over ALL labelled samples, and their paired difference."""
-    scored = [r["scores"] for r in rows if "scores" in r]
     answered = [r for r in rows if not r["error"]]
-    verdicts = Counter(d["verdict"] for r in answered for d in r.get("drafts", []))
-    compared = [r["cost"] for r in answered if "direct" in r["cost"]]
-    out = {"n": len(rows), "answered": len(answered), "compared": len(compared), "labelled": len(scored),
-           "adapted": sum("adapted" in r for r in rows), "direct": {}, "ttsi": {},
+    scored = [r for r in rows if "scores" in r]
+    mean = lambda values: sum(values) / max(1, len(values))
+    out = {"n": len(rows), "labelled": len(scored), "adapted": sum("adapted" in r for r in rows), "direct": {}, "ttsi": {}, "cost": {},
            "one_candidate": sum(len(r.get("candidates", [])) == 1 for r in answered),
            "failed": {r["id"]: r["error"] for r in rows if r["error"]},
-           "verdicts": dict(sorted(verdicts.items()))}
-    mean = lambda values, n: sum(values) / max(1, n)
+           "verdicts": dict(sorted(Counter(d["verdict"] for r in answered for d in r.get("drafts", [])).items()))}
     for i, unit in enumerate(("seconds", "tokens")):  # the direct answer of an adapted sample is for comparison only
         costs = [{s: c[i] for s, c in r["cost"].items() if s != "direct" or "adapted" not in r} for r in answered]
-        out[unit] = {s: mean([c.get(s, 0) for c in costs], len(costs)) for s in STAGES}
-        out["direct"][unit] = mean([c["prefill"][i] + c["direct"][i] for c in compared], len(compared))
-        out["ttsi"][unit] = mean([n for c in costs for s, n in c.items() if s != "trace"], len(costs))
+        out["cost"][unit] = {s: mean([c.get(s, 0) for c in costs]) for s in STAGES}
+        out["ttsi"][unit] = mean([sum(c.values()) - c.get("trace", 0) for c in costs])
+        if answered and all("direct" in r["cost"] for r in answered):
+            out["direct"][unit] = mean([r["cost"]["prefill"][i] + r["cost"]["direct"][i] for r in answered])
     if scored:
-        percent = lambda values: 100 * mean(values, len(scored))
         for side in ("direct", "ttsi"):
-            out[side] |= {kind: percent([s[side][kind] for s in scored]) for kind in ("name", "call")}
-        change = [s["ttsi"]["call"] - s["direct"]["call"] for s in scored]
-        judged = [r for r in answered if "scores" in r]
-        out["auroc"] = {kind: auroc([r["margin"] for r in judged], [r["scores"]["direct"][kind] for r in judged])
-                        for kind in ("name", "call")}  # of the margin, for right names and for right calls
-        out |= {"always_first": percent([s["first"] for s in scored]), "difference": percent(change),
-                "interval": [100 * q for q in interval(change)], "wins": change.count(1), "losses": change.count(-1)}
+            out[side] |= {kind: 100 * mean([r["scores"][side][kind] for r in scored]) for kind in ("name", "call")}
+        change = [r["scores"]["ttsi"]["call"] - r["scores"]["direct"]["call"] for r in scored]
+        out |= {"always_first": 100 * mean([r["scores"]["first"] for r in scored]), "difference": 100 * mean(change),
+                "interval": [100 * q for q in interval(change)], "wins": change.count(1), "losses": change.count(-1),
+                "auroc": {kind: auroc(*zip(*((r["margin"], r["scores"]["direct"][kind]) for r in scored if "margin" in r)))
+                          for kind in ("name", "call") if any("margin" in r for r in scored)}}
     return out
 
 def table(s, cfg):
     """The summary for people."""
-    comparable, forms = 0 < s["compared"] == s["answered"], {"seconds": ".3f", "tokens": ".0f"}
+    forms = {"name": ".1f", "call": ".1f", "seconds": ".3f", "tokens": ".0f"}
+    times = lambda side, unit: f' ({side[unit] / s["direct"][unit]:.1f}x)' if s["direct"].get(unit) else ""
     change = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"]), s["wins"], s["losses"]] if (
         s["labelled"]) else [""] * 3
-    rows = [["", "name", "call", "difference [95 %]", "wins", "losses", "adapted", "s/sample", "tokens/sample"],
-            ["always first", f'{s["always_first"]:.1f}' if s["labelled"] else "", *[""] * 7]]
-    for label, side, more in (("direct", s["direct"], [""] * 4), (
-            "TT-ICL" if cfg.method == "icl" else "TT-SI", s["ttsi"], [*change, f'{s["adapted"]}/{s["n"]}'])):
-        cost = [f"{side[u]:{f}}" + f' ({side[u] / (s["direct"][u] or 1):.1f}x)' * comparable for u, f in forms.items()]
-        rows += [[label, *(f"{side[k]:.1f}" if s["labelled"] else "" for k in ("name", "call")), *more, *cost]]
-    lines = ["{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format(*row) for row in rows] + [""]
-    lines += [f"{u} per sample: " + ", ".join(f"{stage} {n:{f}}" for stage, n in s[u].items()) for u, f in forms.items()]
+    lines = [["", "name", "call", "difference [95 %]", "wins", "losses", "adapted", "s/sample", "tokens/sample"]]
+    for label, side, more in (("always first", {"name": s.get("always_first")}, [""] * 4), ("direct", s["direct"], [""] * 4),
+                              ("TT-ICL" if cfg.method == "icl" else "TT-SI", s["ttsi"], [*change, f'{s["adapted"]}/{s["n"]}'])):
+        cells = [f"{side[k]:{f}}" + times(side, k) * (k in s["cost"]) if side.get(k) is not None else "" for k, f in forms.items()]
+        lines += [[label, *cells[:2], *more, *cells[2:]]]
+    lines = ["{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format(*line) for line in lines] + [""]
+    lines += [f"{u} per sample: " + ", ".join(f"{stage} {n:{forms[u]}}" for stage, n in c.items()) for u, c in s["cost"].items()]
     lines += [", ".join(f"{n} drafts: {verdict}" for verdict, n in s["verdicts"].items()) or "no drafts"]
     lines += [f'{s["one_candidate"]} samples offer one tool only: no runner-up, margin 1'] * (s["one_candidate"] > 0)
     lines += [f"not answered, counted as wrong: {i}: {error}" for i, error in s["failed"].items()]
@@ -724,8 +719,7 @@ def trace(tok, x, row, sample, cfg):
 def load(cfg, flag="model"):
     """-> (model, tokenizer), frozen; from safetensors only, without running code that comes with a model."""
     name = getattr(cfg, flag)
-    device = cfg.device if cfg.device != "auto" else (
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = str(torch.accelerator.current_accelerator() or "cpu") if cfg.device == "auto" else cfg.device
     dtype = cfg.dtype if cfg.dtype != "auto" else "float32" if device == "cpu" else "auto"
     try:
         tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
