@@ -884,7 +884,7 @@ def test_training_goes_on_where_it_was_stopped(world, tmp_path, monkeypatch):
     tok, weights = world.build_tokenizer(), []
     for minutes in (0, 1e-9):  # at once, or stopped after every step
         args = argparse.Namespace(seed=0, steps=3, minutes=minutes, hidden=32, layers=1, ff=32, lr=3e-3, muon=.02,
-                                  tied=False, bf16=False, compile=False, threads=2, checkpoint=tmp_path / str(minutes))
+                                  tied=False, bf16=False, teacher=False, compile=False, threads=2, checkpoint=tmp_path / str(minutes))
         args.checkpoint.mkdir()
         for left in range(args.steps if minutes else 1):
             with pytest.raises(SystemExit) if minutes else contextlib.nullcontext():
@@ -926,7 +926,7 @@ def test_controls_do_what_their_names_say(lab):
     experiments, lab = lab
     written = lab.run(0, "--select all")
     assert [r["pairs"] for r in experiments.others_pairs(lab, 0)] == [r["pairs"] for r in written[1:] + written[:1]]
-    for before, row in zip(lab.run(0, "--select all"), experiments.nearest(lab, 0)):
+    for before, row in zip(lab.run(0, "--select all"), experiments.nearest(lab, 0, "--select all")):
         named = before["candidates"], before["pairs"][0]["call"]["name"]
         gold = next(s for s in ttsi.read_jsonl(lab.args.data, ttsi.to_sample).values() if s["id"] == row["id"])["call"]
         assert row["scores"]["ttsi"]["name"] == (named[1] == gold["name"]) and "train" not in row["cost"]

@@ -14,10 +14,9 @@
 
 Departures from the paper, and choices where it is silent (--paper sets everything that it states):
  1. Four drafts must pass label-free checks (--check); the closest to x is trained on. 2. A pair is written call first.
- 3. SGD, normalised per adapter; we take the paper's 1e-4 for AdamW's rate (--optimizer). No warm-up.
- 4. The adapter acts behind the tool list only (--adapt suffix): one key/value cache of it serves every stage.
- 5. Tools are offered in a seeded order (--shuffle): benchmarks tend to list the right one first.
- 6. b samples are processed at once, each with an adapter of its own (--batch-size): same results, sooner.
+ 3. SGD, normalised per adapter; we take the paper's 1e-4 for AdamW's rate (--optimizer). No warm-up. 4. The adapter
+ acts behind the tool list only (--adapt suffix): one cache of it serves every stage. 5. Tools are offered in a seeded
+ order (--shuffle): benchmarks list the right one first. 6. b samples at once, each with an adapter of its own.
 Shapes: b samples, N candidates, R rows of T tokens, V vocabulary, K pairs, r rank.
 """
 import argparse, copy, dataclasses, functools, hashlib, json, math, os, re, sys, time  # noqa: E401
@@ -297,8 +296,8 @@ def token_logprobs(model, rows, n, past=None):
         logits    '---> '---> '---> '        predict the token at the next"""
     L = max(n)
     if windowed(model) and len(rows) > 1:  # one by one, unpadded
-        each = [token_logprobs(model, [row], [k], past) for row, k in zip(rows, n)]
-        return torch.cat([torch.nn.functional.pad(logp, (L - logp.shape[1], 0)) for logp in each])
+        return torch.cat([torch.nn.functional.pad(token_logprobs(model, [row], [k], past), (L - k, 0))
+                          for row, k in zip(rows, n)])
     logits = forward(model, rows, past, L + 1)[0][:, :-1]  # (R, L, V)
     target = torch.tensor([([0] * L + row)[-L:] for row in rows], device=logits.device)
     logp = logits.float().log_softmax(-1).gather(-1, target[..., None])[..., 0]
@@ -310,8 +309,8 @@ def decode(model, tok, rows, start, limit, past=None, temperature=0.0, uniform=N
     """-> R texts from token start[j] of row j on, each ended by an end token, a closed JSON object, or `limit`.
     temperature 0 is greedy; else uniform (R, limit) in [0, 1) goes through the inverse of the cumulative
     distribution: a row's draws are its own, whatever else is in the batch. No generation_config is obeyed."""
-    ends = [tok.eos_token_id, model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id]
-    ends = {e for end in ends for e in (end if isinstance(end, list) else [end])}
+    ends = {e for c in (tok, model.generation_config, model.config.get_text_config())
+            for e in (c.eos_token_id if isinstance(c.eos_token_id, list) else [c.eos_token_id])}
     text = lambda ids: tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     closes = functools.cache(lambda token: "}" in text([token]))
     texts, at, live = [""] * len(rows), list(range(len(rows))), set(range(len(rows)))
@@ -428,8 +427,7 @@ def supplied(xs, pairs, cfg):
     """In place of G: drafts out of a file. A copy of the sample's own request is refused, checks or no checks."""
     drafts = [[] for _ in xs]
     for x, mine in zip(xs, drafts):
-        for pair in pairs.get(x["id"], []):
-            mine.append(judge(pair, dumps(pair), x, mine, cfg, copies=False))
+        mine.extend(judge(pair, dumps(pair), x, mine, cfg, copies=False) for pair in pairs.get(x["id"], []))
     return drafts
 
 def judge(draft, text, x, before, cfg, copies=True):
@@ -689,9 +687,6 @@ def table(s, cfg):
     lines += [", ".join(f"{n} drafts: {verdict}" for verdict, n in s["verdicts"].items()) or "no drafts"]
     lines += [f'{s["one_candidate"]} samples offer one tool only: no runner-up, margin 1'] * (s["one_candidate"] > 0)
     lines += [f"not answered, counted as wrong: {i}: {error}" for i, error in s["failed"].items()]
-    for tau in (0.35, 0.5, 0.8, 0.9, 0.95, 0.99) if s.get("every_tau") else ():
-        e = next(e for e in s["every_tau"] if e["tau"] >= tau)
-        lines += [f'tau {tau:<4}: {e["adapted"]:4} adapted, call {e["call"]:.1f}; only the others {e["certain_only"]:.1f}']
     return "\n".join(lines + [f'with {s["labelled"]} samples the interval is wide'] * (0 < s["labelled"] < 300))
 
 def trace(tok, x, row, sample, cfg):
