@@ -593,6 +593,18 @@ def test_icl_shows_the_pairs_as_earlier_turns_and_trains_nothing(llama, tok):
     assert len(x["pairs"]) == 2 and x["adapted"] == x["direct"], "pairs that exceed the context are left out"
 
 
+def test_a_teacher_writes_the_drafts_it_would_write_for_itself(llama, tok, embedded):
+    cfg = ttsi.Config(select="all", max_new_tokens=64, attempts=2, k=2, epochs=2)
+    samples = list(ttsi.read_jsonl(HERE / "data/demo.jsonl", ttsi.to_sample).values())[:3]
+    teacher, untouched = embedded, digest(embedded[0])
+    own = ttsi.tt_si(*teacher, samples, cfg)
+    for x, y in zip(ttsi.tt_si(llama, tok, samples, cfg, teacher=teacher), own):
+        assert [d["text"] for d in x["drafts"]] == [d["text"] for d in y["drafts"]] and x["pairs"] == y["pairs"] != []
+        assert x["logp"] != y["logp"] and len(x["loss"]) == 2, "the student scores and is trained"
+        assert x["cost"]["generate"][1] > y["cost"]["generate"][1] + 0.8 * x["head"], "the teacher reads the tools itself"
+    assert digest(embedded[0]) == untouched
+
+
 def test_direct_adapts_nothing(llama, tok):
     x = ttsi.tt_si(llama, tok, SAMPLES[:1], config(method="direct", tau=2.0), PAIRS)[0]
     assert "margin" in x and "drafts" not in x and "adapted" not in x
@@ -717,7 +729,7 @@ def test_every_bad_line_is_named(tmp_path, line, complaint):
     (["--model", "/no/such"], "--model /no/such: cannot be loaded"), (["--data", "/no/such"], "/no/such: cannot be read"),
     (["--k", "0"], "--k 0: must be"), (["--tau", "nan"], "--tau nan: must be"), (["--select", "some"], "invalid choice"),
     (["--lora_rank", "x"], "invalid int"), (["--nonsense"], "unrecognized"), (["--trace", "zzz"], "no sample has the id zzz"),
-    (["--output", "/"], "--output /: cannot be used"), (["--output", "/proc/x/y.jsonl"], "--output /proc/x/y.jsonl: cannot be used"), (["--device", "abacus"], "cannot be loaded on abacus")])
+    (["--teacher", "/no/such"], "--teacher /no/such: cannot be loaded"), (["--output", "/"], "--output /: cannot be used"), (["--output", "/proc/x/y.jsonl"], "--output /proc/x/y.jsonl: cannot be used"), (["--device", "abacus"], "cannot be loaded on abacus")])
 def test_bad_flags_are_told_in_one_line(argv, complaint):
     with pytest.raises(ttsi.InputError) as e:
         quiet(*argv)
@@ -841,7 +853,8 @@ def world():
 def lab(world, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(HERE / "data"), *sys.path])
     import experiments
-    lab = experiments.Lab(argparse.Namespace(model=ttsi.Config.model, data=str(HERE / "data/demo.jsonl"), limit=6))
+    lab = experiments.Lab(argparse.Namespace(model=ttsi.Config.model, data=str(HERE / "data/demo.jsonl"), limit=6,
+                                             quick=True, teacher=str(HERE / "data/teacher")))
     lab.runs = tmp_path
     return experiments, lab
 
@@ -922,6 +935,88 @@ def test_gating_afterwards_equals_a_gated_run(lab):
         assert (a["adapted"], a["verdicts"], a["ttsi"]["call"]) == (b["adapted"], b["verdicts"], b["ttsi"]["call"])
 
 
+def test_every_tau_equals_gated_runs_and_their_complements(lab):
+    experiments, lab = lab
+    both = lab.run(0, "--select all")
+    both[1] |= {"scores": {side: {"name": False, "call": False} for side in ("direct", "ttsi")} | {"first": False}}
+    del both[1]["margin"]  # as if it had not been answered
+    listed = ttsi.every_tau(both)
+    for tau in (0.0, 0.3, 0.7, 0.95, 0.999, 1.5):
+        e = next(e for e in listed if e["tau"] >= tau)
+        chosen, others = (ttsi.summarise(f(both, tau)) for f in (experiments.uncertain, experiments.certain))
+        assert e["call"] == pytest.approx(chosen["ttsi"]["call"]) and e["adapted"] == sum(
+            "adapted" in r and r.get("margin", 2) < tau for r in both)
+        assert e["certain_only"] == pytest.approx(others["ttsi"]["call"])
+    assert ttsi.every_tau([]) == [] and listed[-1]["adapted"] >= 4
+
+
+def test_votes_and_pass_at_n_by_hand(lab, monkeypatch):
+    experiments, lab = lab
+    name = lambda n: json.dumps({"name": n, "arguments": {"a": 12.0}})
+    texts = ["no call", name("g"), name("f"), json.dumps({"name": "f", "arguments": {"a": " 12"}}), name("g")]
+    monkeypatch.setattr(experiments, "sampled", lambda lab, *_: {"demo-000": {"texts": texts, "cost": [2.0, 30]},
+                                                                 "demo-001": {"texts": ["no call"] * 5, "cost": [2.0, 30]}})
+    samples = [dict(s, call={"name": "f", "arguments": {"a": 12}}) for s in lab.samples(lab.config(0))]
+    monkeypatch.setattr(lab, "samples", lambda cfg: samples)
+    first, second = experiments.majority(lab, 0, 1.0)[:2]
+    assert first["adapted"] == name("g"), "two votes each: the call that came first"
+    assert second["adapted"] == "" and not second["scores"]["ttsi"]["call"] and first["cost"]["votes"] == [2.0, 30]
+    best = experiments.any_of(lab, 0, 1.0)
+    assert [r["scores"]["ttsi"]["call"] for r in best[:2]] == [True, False]
+    assert experiments.distinct([texts[2], texts[1], texts[3], "x"]) == [texts[2], texts[1], "x"]
+
+
+def test_sampled_answers_become_the_direct_one_without_temperature(lab):
+    experiments, lab = lab
+    drawn, direct = experiments.sampled(lab, 0, 1e-4), lab.run(0, "--method direct")
+    assert all(t == row["direct"] for row in direct for t in drawn[row["id"]]["texts"])
+    scored = experiments.by_answer(lab, 0, 1e-4)
+    assert all(0 < p <= 1 and margin == 1 for p, margin in scored.values()), "one distinct call has no runner-up"
+
+
+def test_one_adapter_for_all_starts_as_the_base_and_learns(lab):
+    experiments, lab = lab
+    untouched = digest(lab.batches(lab.config(0))[0])
+    direct = lab.run(0, "--method direct")
+    still, trained = (experiments.fine_tuned(lab, 0, True, 100, lr) for lr in (0.0, 3e-3))
+    assert [r["adapted"] for r in still] == [r["direct"] for r in direct] != [r["adapted"] for r in trained]
+    assert trained[0]["once"]["labels"] == 16 and trained[0]["once"]["tokens"] > 2 * 10 * 16 * 100, "ten epochs, two passes"
+    assert digest(lab.batches(lab.config(0))[0]) == untouched
+
+
+def test_a_kept_adapter_begins_as_the_temporary_one(lab):
+    experiments, lab = lab
+    kept, fresh = experiments.stream(lab, 0, 0.1), lab.run(0, "--select all")
+    at = next(i for i, r in enumerate(fresh) if r["margin"] < .95 and r["pairs"])
+    assert kept[at]["adapted"] == fresh[at]["adapted"] and kept[at]["trained"], "nothing was learned before"
+    assert [r["adapted"] for r in kept[:at]] == [r["direct"] for r in fresh[:at]]
+    assert [r["adapted"] for r in experiments.stream(lab, 0, 0.0)] == [r["direct"] for r in fresh]
+
+
+def test_round_trips_part_the_drafts(lab):
+    experiments, lab = lab
+    alike, otherwise = (experiments.round_trip(lab, 0, agree) for agree in (True, False))
+    for row, a, b in zip(lab.run(0), alike, otherwise):
+        passed = [json.dumps(d["pair"]) for d in row.get("drafts", []) if d["pair"]]
+        halves = [[json.dumps(d["pair"]) for d in r.get("drafts", []) if d["pair"]] for r in (a, b)]
+        assert sorted(halves[0] + halves[1]) == sorted(passed), "each draft is in one of the two"
+    model, tok, _ = lab.batches(lab.config(0))
+    row, sample = next((r, s) for r, s in zip(alike, lab.samples(lab.config(0))) if r.get("pairs"))
+    x = ttsi.tt_si(model, tok, [dict(sample, messages=[{"role": "user", "content": row["pairs"][0]["request"]}])],
+                   ttsi.Config(method="direct"))[0]
+    assert ttsi.parse(x["direct"]) == row["pairs"][0]["call"], "the model answers what it wrote"
+
+
+def test_who_is_adapted(lab):
+    experiments, lab = lab
+    n = sum("adapted" in r for r in experiments.uncertain(lab.run(0, "--select all")))
+    assert 0 < sum("adapted" in r for r in experiments.a_random_subset(lab, 0)) == n < 6
+    assert sum("adapted" in r for r in experiments.within_budget(lab, 0, 1 / 3)) == 2
+    own = experiments.the_item_itself(lab, 0)
+    gold = {s["id"]: s["call"] for s in lab.samples(lab.config(0))}
+    assert all(r["pairs"][0]["call"] == gold[r["id"]] for r in own if "adapted" in r) and ttsi.supplied.__module__ == "ttsi"
+
+
 def test_controls_do_what_their_names_say(lab):
     experiments, lab = lab
     written = lab.run(0, "--select all")
@@ -992,13 +1087,32 @@ def test_statistics_of_the_tables(lab):
 
 def test_the_tables_are_those_of_the_results(lab):
     experiments, _ = lab
-    blocks = [block for readme in ("README.md", "data/README.md") for block in re.findall(
-        r"<!-- table (\S+) (\S+) -->\n(.*?)<!-- end -->", (HERE / readme).read_text(), re.S)]
-    for stem, group, text in blocks:
-        found = json.loads((HERE / f"data/results/{stem}-{group}.json").read_text())
-        assert text == experiments.markdown(found), f"run `python data/experiments.py {group}` on {stem}"
-        assert list(found) == [label for label, *_ in experiments.GROUPS[group][1]], "a row is missing"
-    assert {(stem, group) for stem, group, _ in blocks} >= {("test", "main"), ("test", "controls"), ("test", "dose")}
+    blocks = {block[:2]: block[2] for readme in ("README.md", "data/README.md") for block in re.findall(
+        r"<!-- table (\S+) (\S+) -->\n(.*?)<!-- end -->", (HERE / readme).read_text(), re.S)}
+    found = {stem: experiments.results(stem) for stem in ("test", "dev")}
+    drawn = experiments.figures("test", found["test"])
+    for (stem, group), text in blocks.items():
+        if group == "findings":
+            assert text == drawn["findings"], "run `python data/experiments.py`"
+            continue
+        _, show = experiments.SHOW.get(group, (None, experiments.markdown))
+        assert text == show(found[stem][group]), f"run `python data/experiments.py {group}` on {stem}"
+        assert list(found[stem][group]) == [label for label, *_ in experiments.GROUPS[group][2]], "a row is missing"
+    assert blocks.keys() == {(stem, group) for stem in found for group in found[stem]} | {("test", "findings")}
+    for name, text in drawn.items():
+        assert name == "findings" or (HERE / "data/results" / name).read_text() == text, f"{name} shows other numbers"
+
+
+@slow
+def test_all_experiments_run_quickly(world, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(HERE / "data"), *sys.path])
+    import experiments
+    before = {f: f.read_bytes() for f in (*(HERE / "data/results").iterdir(), HERE / "README.md", HERE / "data/README.md")}
+    experiments.main(["--quick", "--limit", "4"])
+    text = capsys.readouterr().out
+    labels = [label for g, (*_, rows) in experiments.GROUPS.items() if g not in experiments.TUNING for label, *_ in rows]
+    assert all(f"\n{label}: " in "\n" + text for label in labels) and "left out" not in text
+    assert all(f.read_bytes() == was for f, was in before.items()), "a look publishes nothing"
 
 
 # ------------------------------------------------------------------------------------------------ the project

@@ -365,11 +365,10 @@ def sft(lab, seed, shift, n, lr):
     """Supervised fine-tuning: ONE adapter, trained on n labelled training items, all of them shifted or none, and kept
     for every sample. AdamW, batches of 16, cosine; 10 epochs on up to 100 items, 3 on up to 1,000, else 1."""
     embedded_only(lab)
-    cfg, size = lab.config(seed, "--adapt full"), 16
+    cfg, size, n = lab.config(seed, "--adapt full"), 16, 16 if lab.args.quick else n
     with gzip.open(HERE / "train.jsonl.gz", "rt", encoding="utf-8") as f:
-        plain = [json.loads(line) for line in f]
-    n = min(n, len(plain)) if not lab.args.quick else 16
-    items = [ttsi.to_sample(r) for r in (world.records("train", n, 1, 0) if shift else plain[:n])]
+        records = world.records("train", n, 1, 0) if shift else (json.loads(line) for _, line in zip(range(n), f))
+        items = [ttsi.to_sample(r) for r in records]
     epochs = 10 if n <= 100 else 3 if n <= 1000 else 1
     order = [i for e in range(epochs) for i in torch.randperm(n, generator=ttsi.draw(seed, "sft", e)).tolist()]
     steps = [order[i:i + size] for i in range(0, len(order), size)]
