@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch, transformers  # noqa: E401
 from tqdm import tqdm
-
 HERE = Path(__file__).resolve().parent
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -74,7 +73,6 @@ PAPER = ("--tau 0.95 --score sum --select uncertain --k 1 --drafts 1 --attempts 
 # ---------------------------------------------------------------------------------------------- data and prompts
 class InputError(ValueError):
     """Bad input, told in one line: where, what is wrong, and what would be right."""
-
 def need(ok, message):
     if not ok:
         raise InputError(message)
@@ -220,14 +218,10 @@ def draw(*key):
     """A torch generator seeded by `key` alone: no draw depends on order, batch, resume or shard."""
     return torch.Generator().manual_seed(int(hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16], 16) >> 1)
 
-def context(model):
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-
 def prepare(model, tok, sample, cfg):
     """What Algorithm 1 may see of a sample: request, tools, prompt. The label stays behind."""
-    tools = sample["tools"]
+    tools = sorted(sample["tools"], key=lambda t: t["name"]) if cfg.shuffle else sample["tools"]
     if cfg.shuffle:  # by seed and names alone, so that samples with one tool list share one order
-        tools = sorted(tools, key=lambda t: t["name"])
         order = draw(cfg.seed, "order", [t["name"] for t in tools])
         tools = [tools[i] for i in torch.randperm(len(tools), generator=order)]
     x = {"id": sample["id"], "request": user_text(sample["messages"]), "system": system_text(tools), "tools": tools,
@@ -242,28 +236,14 @@ def prepare(model, tok, sample, cfg):
 
 # ---------------------------------------------------------------------------------------------- tokens, cache, stages
 Past = namedtuple("Past", "ids cache mask")  # R rows that were read; a cache; (R, slots) which of its slots are theirs
-
-class Growing(transformers.cache_utils.DynamicLayer):
-    """Keys and values of a layer, (R, heads, slots, d), with room: concatenation copies all of them for each token."""
-    room = None  # [buffers of keys and values, and what they hold]: room behind it for the first who continues that
-    def update(self, keys, values, *_, **__):
-        if not self.is_initialized or torch.is_grad_enabled():
-            return super().update(keys, values)
-        n, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
-        if not self.room or self.room[2] is not self.keys or self.room[0].shape[2] < end:
-            self.room = [torch.nn.functional.pad(t, (0, 0, 0, end - n + 63)) for t in (self.keys, self.values)]
-        self.room[0][:, :, n:end], self.room[1][:, :, n:end] = keys, values
-        self.keys, self.values = self.room[2:] = [t[:, :, :end] for t in self.room[:2]]
-        return self.keys, self.values
-
 def forward(model, rows, past=None, keep=1):
     """-> (logits (R, keep, V) at the last `keep` positions of R token rows, the Past that they leave behind).
     Each row continues the longest row of `past` that it begins with, whose tokens are not computed again; `past` is
     not changed. Rows are padded on the left: all end together, and only positions that matter go through the head."""
     begun, cache, mask = past or ([[]] * len(rows), transformers.DynamicCache(config=model.config),
                                   torch.zeros(len(rows), 0, dtype=torch.long))
-    cache = copy.copy(cache)  # shallow copies do: an update rebinds a layer's tensors, or takes room behind them
-    cache.layers = [copy.copy(l) if past or l.is_sliding else Growing() for l in cache.layers]
+    cache = copy.copy(cache)  # shallow copies do: an update rebinds a layer's tensors
+    cache.layers = list(map(copy.copy, cache.layers))
     if past and [row[:-1] for row in rows] != past.ids:  # while decoding they are equal
         at = {tuple(ids): i for i, ids in enumerate(past.ids)}
         lengths = sorted(set(map(len, at)), reverse=True)
@@ -285,13 +265,14 @@ def forward(model, rows, past=None, keep=1):
     return logits, Past(list(rows), cache, mask)
 forward.tokens = 0  # read so far, for `metered`
 
+def context(model):
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 def windowed(model):
     """Does a layer see a window of slots only? Padding would then push real tokens out of it."""
     return any(layer.is_sliding for layer in transformers.DynamicCache(config=model.config).layers)
 
 def token_logprobs(model, rows, n, past=None):
     """(R, L) log-probability of the last n[j] tokens of row j, L = max(n); right-aligned, 0 elsewhere.
-
         tokens    t0    t1    t2    t3       the logits at one position
         logits    '---> '---> '---> '        predict the token at the next"""
     L = max(n)
@@ -427,7 +408,8 @@ def supplied(xs, pairs, cfg):
     """In place of G: drafts out of a file. A copy of the sample's own request is refused, checks or no checks."""
     drafts = [[] for _ in xs]
     for x, mine in zip(xs, drafts):
-        mine.extend(judge(pair, dumps(pair), x, mine, cfg, copies=False) for pair in pairs.get(x["id"], []))
+        for pair in pairs.get(x["id"], []):
+            mine.append(judge(pair, dumps(pair), x, mine, cfg, copies=False))
     return drafts
 
 def judge(draft, text, x, before, cfg, copies=True):
@@ -442,7 +424,6 @@ def judge(draft, text, x, before, cfg, copies=True):
     return {"text": text, "verdict": wrong or "kept", "pair": None if wrong else pair}
 
 TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
-
 # FORK HERE: checks of your own. They see the request, the tools on offer and earlier drafts, never a label.
 def check(pair, x, before):
     """What is wrong with a pair {request, call} written for the sample x, or "" """
@@ -469,14 +450,13 @@ def check(pair, x, before):
 
 def words(text):
     return re.findall(r"\w+", text.casefold())
-
 def closest(x):
     """Pairs by the words that they share with the request, most first; a word rare among the pairs weighs more."""
     pairs = [d["pair"] for d in x["drafts"] if d["pair"]]
     bags = [set(words(p["request"])) for p in pairs]
     weight = {w: math.log((len(bags) + 1) / (sum(w in bag for bag in bags) + 1)) for w in words(x["request"])}
-    overlap = [sum(v for w, v in weight.items() if w in bag) for bag in bags]
-    return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: -overlap[i])]  # stable: ties stay in order
+    overlap = lambda pair: sum(v for w, v in weight.items() if w in words(pair["request"]))
+    return sorted(pairs, key=overlap, reverse=True)  # ties stay in order
 
 # ---------------------------------------------------------------------------------------------- T: self-improvement
 # FORK HERE: another adapter. `fresh` makes the parameters of one layer for b samples, `adapted` is what it then gives.
@@ -488,7 +468,6 @@ def fresh(layer, generators, cfg):
 
 def adapted(x, y, parameters, cfg):
     """x (b, tokens, d_in), the frozen layer's y (b, tokens, d_out) -> y + alpha/r x A B
-
         x --+-- W, frozen ------------------------------+--> y
             '-- A (r, d_in) -- B (r, d_out) -- alpha/r -'"""
     A, B = parameters
@@ -533,8 +512,8 @@ def train(model, tok, xs, theta, past, cfg):
     for step in range(cfg.epochs):
         logp = token_logprobs(model, rows, n, past)  # (b K, L)
         loss = -(logp.sum(1) * weight).view(len(xs), K).sum(1)  # (b,)
-        for p, g in zip(theta, torch.autograd.grad(loss.sum(), theta, allow_unused=True)):
-            p.grad = torch.zeros_like(p) if g is None else g
+        for p, g in zip(theta, torch.autograd.grad(loss.sum(), theta, materialize_grads=True)):  # unused layers: zeros
+            p.grad = g
         lr = cfg.lr * (1 + math.cos(math.pi * step / cfg.epochs)) / 2
         if adamw:
             adamw.param_groups[0]["lr"] = lr
@@ -706,9 +685,9 @@ def trace(tok, x, row, sample, cfg):
              *(f"step {step}: loss {loss}" for step, loss in enumerate(row.get("loss", []), 1)), *bars(x.get("after", [])))
     show("The answer; then everything is reset", f'before: {row.get("direct")}', f'after:  {row["answer"]}')
     if "call" in sample:
-        verdict = lambda right: ("wrong", "right tool, wrong arguments", "right")[right["name"] + right["call"]]
-        show("The label, which nothing above has seen", dumps(sample["call"]),
-             f'before: {verdict(row["scores"]["direct"])}', f'after:  {verdict(row["scores"]["ttsi"])}')
+        before, after = (("wrong", "right tool, wrong arguments", "right")[sum(row["scores"][side].values())]
+                         for side in ("direct", "ttsi"))
+        show("The label, which nothing above has seen", dumps(sample["call"]), f"before: {before}", f"after:  {after}")
 
 # ---------------------------------------------------------------------------------------------- running
 def load(cfg, flag="model"):
@@ -725,8 +704,7 @@ def load(cfg, flag="model"):
         raise InputError(f"--{flag} {name}: cannot be loaded on {device}: {' '.join(str(e).split())[:200]};"
                          " give a folder or hub name of a causal language model in safetensors") from e
     need(tok.is_fast and linear_layers(model), f"--{flag} {name}: needs a fast tokenizer and linear layers")
-    plain = (transformers.cache_utils.DynamicLayer, transformers.cache_utils.DynamicSlidingWindowLayer)
-    need(all(type(layer) in plain for layer in transformers.DynamicCache(config=model.config).layers),
+    need(all(type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer") for layer in transformers.DynamicCache(config=model.config).layers),
          f"--{flag} {name}: its cache is no plain key/value cache (linear attention, state space); not supported")
     return model, tok
 
@@ -781,10 +759,8 @@ def run(cfg):
         if out:
             print(*map(dumps, rows[-len(batch):]), sep="\n", file=out, flush=True)
             os.fsync(out.fileno())
-    summary = summarise(rows) | {"config": settings, "versions": {
+    summary = summarise(rows) | {"every_tau": every_tau(rows) if cfg.select == "all" else [], "config": settings, "versions": {
         "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}}
-    if cfg.select == "all":
-        summary["every_tau"] = every_tau(rows)
     if out:
         out.close()
         beside.write_text(json.dumps(summary, indent=1), encoding="utf-8")
