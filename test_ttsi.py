@@ -17,8 +17,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import (AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig,
                           LlamaForCausalLM, MistralConfig, MistralForCausalLM)
 
@@ -617,6 +619,121 @@ def test_cover_forces_the_likeliest_tools_in_turn(embedded):
         likely = [name for _, name in sorted(zip(x["logp"], x["names"]), reverse=True)]
         assert [ttsi.parse(d["text"])["call"]["name"] for d in x["drafts"]] == (likely * 2)[:6]
         assert x["drafts"][0]["text"] != x["drafts"][len(likely)]["text"], "each draft has draws of its own"
+
+
+# ------------------------------------------------------------------------------------------------ real models
+
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048)
+GROUPED, WINDOW = {"num_key_value_heads": 2, "head_dim": 8}, {"sliding_window": 16}
+ARCHITECTURES = {  # configuration, what it needs, linear layers but the head
+    "Qwen2": ({**SMALL, "num_key_value_heads": 2}, 14), "Qwen3": ({**SMALL, **GROUPED}, 14), "Llama": ({**SMALL, **GROUPED}, 14),
+    "Mistral": ({**SMALL, **GROUPED, **WINDOW}, 14), "Gemma2": ({**SMALL, **GROUPED, **WINDOW}, 14),
+    "Gemma3Text": ({**SMALL, **GROUPED, **WINDOW}, 14), "Phi3": ({**SMALL, "num_key_value_heads": 2, "pad_token_id": None}, 8),
+    "GPTNeoX": (SMALL, 8), "GPT2": (dict(n_embd=32, n_layer=2, n_head=4, n_positions=2048), 8),
+    "OPT": (dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32), 12)}
+
+
+@slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_stage_on_every_architecture(tok, name, dtype):
+    settings, layers = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name + "Config")(
+        vocab_size=len(tok), bos_token_id=None, eos_token_id=tok.eos_token_id, **settings)).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.mul_(6 if p.dim() > 1 else 1)
+    model = model.to(dtype)
+    before = hashlib.sha256(b"".join(p.float().numpy().tobytes() for p in model.state_dict().values())).hexdigest()
+    assert len(ttsi.linear_layers(model)) == layers
+    for adapt in ("suffix", "full"):
+        cfg = config(tau=2.0, k=2, check=False, epochs=3, lr=.5, adapt=adapt)
+        for x in ttsi.tt_si(model, tok, SAMPLES, cfg, PAIRS):
+            assert x["candidates"] and isinstance(x["direct"], str) and not hooks(model)
+            for (ids, begin), got in zip(x["candidates"], x["logp"]):  # alone, unpadded, without cache
+                logp = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+                want = sum(logp[t - 1, ids[t]].item() for t in range(begin, len(ids)))
+                assert got == pytest.approx(want, abs=2e-3 if dtype is torch.float32 else .3)
+            if x["pairs"]:
+                A = [p[0] for p in theta_of(model, x, cfg)[::2]]
+                losses, _ = naive_train(model.float(), tok, x, cfg, A) if dtype is torch.float32 else ([7] * 3, 0)
+                assert x["loss"] == pytest.approx(losses, rel=1e-3 if dtype is torch.float32 else .3)
+                assert x["loss"][-1] < x["loss"][0]
+    drafts = ttsi.tt_si(model, tok, SAMPLES, config(tau=2.0, cover=True, drafts=3))  # ragged, under a window too
+    for x in drafts[:2]:
+        assert [ttsi.words(d["text"])[2] for d in x["drafts"]] == [n for _, n in sorted(zip(x["logp"], x["names"]))[::-1]][:3] or (
+            len(x["names"]) < 3)
+    after = hashlib.sha256(b"".join(p.float().numpy().tobytes() for p in model.state_dict().values())).hexdigest()
+    assert before == after, "the base was written"
+
+
+def vocabulary(kind):
+    """Tokenizers as real models have them, small: with blanks in front of words or quotes glued to names."""
+    texts = [json.dumps(t) for s in SAMPLES for t in s["tools"]] + [json.dumps(s["call"]) for s in SAMPLES] * 3
+    end, bytes_ = ["<end>", "<unk>"], tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=kind == "sentencepiece-like", unk_token="<unk>"))
+    pre, post = tokenizers.pre_tokenizers, tokenizers.decoders
+    if kind == "sentencepiece-like":
+        model.pre_tokenizer = pre.Metaspace(prepend_scheme="first")
+        model.decoder = post.Sequence([post.Replace("\u2581", " "), post.ByteFallback(), post.Fuse(), post.Strip(" ", 1, 0)])
+        end, bytes_ = end + [f"<0x{i:02X}>" for i in range(256)], []
+    else:
+        glue = [pre.Split(" ", "merged_with_next")] * (kind == "glued quotes")
+        model.pre_tokenizer = pre.Sequence([*glue, pre.ByteLevel(add_prefix_space=False, use_regex=not glue)])
+        model.decoder = post.ByteLevel()
+    model.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=900, special_tokens=end, initial_alphabet=bytes_, show_progress=False))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>")
+
+
+@pytest.mark.parametrize("kind,token", [("byte-level", '",'), ("sentencepiece-like", '\u2581"get",'), ("glued quotes", '\u0120"get",')])
+def test_scores_with_other_vocabularies(kind, token):
+    other = vocabulary(kind)
+    model = tiny(other)
+    assert token in other.tokenize('{"name": "get", "arguments": {}}'), "the vocabulary is not what it is meant to be"
+    test_scores_equal_one_candidate_at_a_time_with_its_whole_prompt(model, other, "sum")
+
+
+THINKING = ("{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}{% if enable_thinking is not defined or "
+            "enable_thinking %}<think>{% else %}<think></think>{% endif %}")
+DATED = ("{% if date_string is not defined %}{% set date_string = strftime_now('%d %B %Y') %}{% endif %}[{{ date_string }}]"
+         "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+
+
+@pytest.mark.parametrize("template,end", [(THINKING, "<think></think>"), (DATED, "[USER]")])
+def test_templates_that_think_or_tell_the_date(tok, template, end):
+    tok = copy.deepcopy(tok)
+    tok.chat_template = template
+    text, head = ttsi.render(tok, "SYSTEM", "USER")
+    assert text.endswith(end) and "SYSTEM" in text[:head] and ("2026" not in text or "01 January 2026" in text)
+
+
+def saved(model, tok, folder):
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return str(folder)
+
+
+def test_models_without_a_plain_cache_are_refused(tok, tmp_path):
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=len(tok), hidden_size=32, num_hidden_layers=1))
+    linear = transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(
+        **{**SMALL, **GROUPED, "vocab_size": len(tok), "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
+           "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}))
+    for model in (mamba, linear):
+        folder = saved(model, tok, tmp_path / type(model).__name__)
+        with pytest.raises(ttsi.InputError, match="no plain key/value cache") as e:
+            ttsi.load(ttsi.Config(model=folder))
+        assert "\n" not in str(e.value)
+
+
+def test_a_long_prompt_runs_whole_and_one_beyond_the_context_is_named(llama, tok):
+    tools = [tool(f"tool_number_{i}", city=STRING, days=INTEGER) for i in range(45)]
+    ask = lambda n: dict(SAMPLES[1], id=str(n), tools=tools[:n], call={"name": tools[0]["name"], "arguments": {}})
+    fits, long = ttsi.tt_si(llama, tok, [ask(24), ask(45)], config())
+    assert 1200 < len(fits["ids"]) < 2048 < len(long["ids"]) and "direct" in fits and len(fits["logp"]) == 24
+    assert f'prompt of {len(long["ids"])} + 12 tokens' in long["error"] and "direct" not in long
+    rows = [ttsi.finish(x, s, config()) for x, s in zip((fits, long), (ask(24), ask(45)))]
+    assert ttsi.summarise(rows)["labelled"] == 2 and list(ttsi.summarise(rows)["failed"]) == ["45"]
 
 
 # ------------------------------------------------------------------------------------------------ scoring
