@@ -1298,3 +1298,21 @@ def test_conversion_of_standard_input(convert, capsys):
     piped = run(input=(BENCHMARKS / HAMMER[2]).read_bytes())
     assert b"127 items, 121 left, 6 dropped (6 the answer's tool is not on offer)" in piped.stderr and piped.returncode == 0
     assert piped.stdout == run(str(BENCHMARKS / HAMMER[2])).stdout and piped.stdout.count(b"\n") == 121
+
+
+@beside
+@pytest.mark.parametrize("name", HAMMER[1:3])
+def test_a_dialogue_is_one_user_message_that_holds_every_turn(convert, tok, name):
+    """Against the turns as they are published: who speaks, what is said, called and returned, in order."""
+    tok = copy.deepcopy(tok)
+    tok.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    items = json.loads((BENCHMARKS / name).read_text())
+    for record in convert.convert(str(BENCHMARKS / name))[0]:
+        lines = []
+        for turn in items[int(record["id"])]["query"]:
+            text = turn["content"].replace("\nGenerate API Request:", "").strip()
+            lines += [f"call: {ttsi.dumps(c)}" for c in json.loads(text.strip("`"))] if turn["role"] == "assistant" else [
+                f'{ {"agent": "assistant"}.get(turn["role"], turn["role"])}: {text}']
+        request = ttsi.user_text(record["messages"])
+        assert request == ("\n".join(lines) if len(lines) > 1 else lines[0].removeprefix("user: ")), record["id"]
+        assert ttsi.render(tok, "TOOLS", request)[0] == "<system>TOOLS<user>" + request
