@@ -1316,3 +1316,12 @@ def test_a_dialogue_is_one_user_message_that_holds_every_turn(convert, tok, name
         request = ttsi.user_text(record["messages"])
         assert request == ("\n".join(lines) if len(lines) > 1 else lines[0].removeprefix("user: ")), record["id"]
         assert ttsi.render(tok, "TOOLS", request)[0] == "<system>TOOLS<user>" + request
+
+
+@beside
+def test_the_table_of_benchmarks_is_what_the_converter_counts(convert):
+    readme = (HERE / "data/README.md").read_text()
+    for path in map(str, (BENCHMARKS / name for name in UPSTREAM)):
+        records, n, *_ = convert.convert(path)
+        candidates, single, first = convert.shape(records)
+        assert f"| `{Path(path).name}` | {n} | {len(records)} | {candidates} | {single} | {first} |" in readme, path
