@@ -1184,6 +1184,15 @@ def test_no_tensor_outlives_its_batch(embedded):
     assert alive[1] == alive[2] == alive[3], "of a batch, only the last tool list stays"
 
 
+def test_what_is_computed_for_real_models_stands_in_the_readme(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(HERE / "data"), *sys.path])
+    import bench
+    report = bench.main(["computed"])
+    assert capsys.readouterr().out in (HERE / "README.md").read_text(), "run `python data/bench.py computed`"
+    small = report["qwen2.5-0.5b, laptop GPU, bfloat16"]  # by hand: 494 M parameters, 2 bytes each
+    assert small["direct"] == pytest.approx(2 * 494e6 * 581 / 10e12 + 30 * 2 * 494e6 / 250e9, rel=.01)
+
+
 @slow
 def test_the_bench_of_batching(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [str(HERE / "data"), *sys.path])

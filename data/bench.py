@@ -4,6 +4,7 @@
     python data/bench.py --shape qwen2.5-0.5b --device cuda --dtype bfloat16 --batch 16
     python data/bench.py --shape embedded --data data/demo.jsonl
     python data/bench.py batching                            # the embedded model: samples at once, memory per sample
+    python data/bench.py computed                            # real models: memory and seconds, computed, not measured
 
 Weights are random (the embedded model's are not). Random weights never write a valid draft, so lengths are forced and
 the pair to train on is supplied: every stage runs, in every round. The direct answer that ttsi.py makes of labelled
@@ -33,13 +34,20 @@ SHAPES = {
     "smollm-135m": lambda: transformers.LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192),
+    "smollm-360m": lambda: transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
+        num_key_value_heads=5, tie_word_embeddings=True, max_position_embeddings=8192),
     "qwen2.5-0.5b": lambda: transformers.Qwen2Config(
         vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32768),
     "qwen2.5-1.5b": lambda: transformers.Qwen2Config(
         vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32768),
+    "llama-3.2-1b": lambda: transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, max_position_embeddings=131072),
 }
+MACHINES = {"laptop CPU, float32": (4, 100e9, 30e9), "laptop GPU, bfloat16": (2, 10e12, 250e9)}  # bytes, flop/s, bytes/s
 DRAFT, ANSWER = 90, 30  # tokens, forced
 NAMES = ["getFlightStatus", "bookHotelRoom", "searchRestaurants", "convertCurrency", "sendInvitation"]
 REQUEST = "Please tell me about the flight to Oslo, number 402 of 12 May, and its gate"
@@ -259,9 +267,35 @@ def batching(args):
             "MB in use": used, "MB per 1000 samples in the second half": slope}, text
 
 
+def computed(_):
+    """What a sample would take: the roofline of a forward pass, the larger of its arithmetic and of reading the weights."""
+    prompt, asked, drafting, drafts, steps, pair = 581, 46, 96, 4, 5, 74  # tokens, as in `costs`; the defaults of ttsi.py
+    text = ["| shape | parameters | adapter | machine | memory | direct | certain | uncertain |", "|---|---|---|---|---|---|---|---|"]
+    report = {}
+    for shape, make in SHAPES.items():
+        config = make()
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        P, layers, V, h = model.num_parameters(), config.num_hidden_layers, config.vocab_size, config.hidden_size
+        adapter = sum(ttsi.Config.lora_rank * (m.in_features + m.out_features) for m in ttsi.linear_layers(model))
+        for machine, (size, flops, bandwidth) in MACHINES.items():
+            cost = lambda tokens, passes=1: passes * max(2 * P * tokens / flops, size * P / bandwidth)
+            kv = 2 * layers * config.num_key_value_heads * (h // config.num_attention_heads) * size  # bytes a token
+            memory = size * P + 2 * 4 * adapter + kv * (prompt + drafts * (prompt + drafting + DRAFT))
+            memory += pair * (layers * 34 * h * size + 3 * 4 * V)  # activations of a step; its logits, float32
+            direct = cost(prompt) + ANSWER * cost(1)
+            certain = direct + cost(len(NAMES) * 8)
+            uncertain = cost(prompt) + cost(len(NAMES) * 8) + cost(drafting) + DRAFT * cost(drafts) + steps * cost(pair, 2)
+            uncertain += cost(asked) + ANSWER * cost(1)
+            report[f"{shape}, {machine}"] = {"memory": memory, "direct": direct, "certain": certain, "uncertain": uncertain}
+            text.append(f"| {shape} | {P / 1e6:.0f} M | {adapter / 1e6:.1f} M | {machine} | {memory / 1e9:.1f} GB | "
+                        f"{direct:.2f} s | {certain:.2f} s | {uncertain:.2f} s |")
+    return report, text
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="?", choices=["costs", "batching"], default="costs")
+    p.add_argument("what", nargs="?", choices=["costs", "batching", "computed"], default="costs")
     p.add_argument("--shape", choices=[*SHAPES, "embedded"], default="smollm-135m")
     p.add_argument("--data", default="", help="a canonical file; default: a built-in SealTool-like prompt, or the demo")
     p.add_argument("--batch", type=int, default=1, help="samples at once, for costs")
@@ -273,7 +307,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's
     ttsi.transformers.logging.disable_progress_bar()
-    report, text = {"costs": costs, "batching": batching}[args.what](args)
+    report, text = {"costs": costs, "batching": batching, "computed": computed}[args.what](args)
     print(json.dumps(report) if args.json else "\n".join(text))
     return report
 
