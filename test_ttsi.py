@@ -220,7 +220,7 @@ class Naive(torch.nn.Module):
         self.layer, self.A, self.B, self.s, self.mask = layer, A, B, s, mask
 
     def forward(self, x):
-        return self.layer(x) + self.s * (x @ self.A.T @ self.B) * self.mask[0][:x.shape[1], None]
+        return self.layer(x) + self.s * (x @ self.A.T @ self.B) * self.mask[0][:x.shape[-2], None]
 
 
 def naive_train(model, tok, x, cfg, A0):
@@ -535,6 +535,14 @@ def test_a_sliding_window_sees_no_padding(tok, kind):
         assert x["loss"] == pytest.approx(losses, rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", [MistralForCausalLM, Gemma2ForCausalLM])
+def test_drafts_of_unequal_beginnings_see_no_padding_under_a_window(tok, kind):
+    model, rows = tiny(tok, kind), [list(range(40, 60)), list(range(40, 70)), list(range(40, 45))]
+    _, past = ttsi.forward(model, [rows[2][:-1]])
+    alone = [ttsi.decode(model, tok, [row], [len(row)], 8)[0] for row in rows]
+    assert ttsi.decode(model, tok, rows, list(map(len, rows)), 8, past) == alone
+
+
 def theta_of(model, x, cfg):
     with ttsi.adapters(model, [x], cfg) as theta:
         return [p.detach().clone() for p in theta]
@@ -659,10 +667,6 @@ def test_every_stage_on_every_architecture(tok, name, dtype):
                 losses, _ = naive_train(model.float(), tok, x, cfg, A) if dtype is torch.float32 else ([7] * 3, 0)
                 assert x["loss"] == pytest.approx(losses, rel=1e-3 if dtype is torch.float32 else .3)
                 assert x["loss"][-1] < x["loss"][0]
-    drafts = ttsi.tt_si(model, tok, SAMPLES, config(tau=2.0, cover=True, drafts=3))  # ragged, under a window too
-    for x in drafts[:2]:
-        assert [ttsi.words(d["text"])[2] for d in x["drafts"]] == [n for _, n in sorted(zip(x["logp"], x["names"]))[::-1]][:3] or (
-            len(x["names"]) < 3)
     after = hashlib.sha256(b"".join(p.float().numpy().tobytes() for p in model.state_dict().values())).hexdigest()
     assert before == after, "the base was written"
 
@@ -727,13 +731,13 @@ def test_models_without_a_plain_cache_are_refused(tok, tmp_path):
 
 
 def test_a_long_prompt_runs_whole_and_one_beyond_the_context_is_named(llama, tok):
-    tools = [tool(f"tool_number_{i}", city=STRING, days=INTEGER) for i in range(45)]
+    tools = [tool(f"tool_number_{i}", city=STRING, days=INTEGER) for i in range(62)]
     ask = lambda n: dict(SAMPLES[1], id=str(n), tools=tools[:n], call={"name": tools[0]["name"], "arguments": {}})
-    fits, long = ttsi.tt_si(llama, tok, [ask(24), ask(45)], config())
-    assert 1200 < len(fits["ids"]) < 2048 < len(long["ids"]) and "direct" in fits and len(fits["logp"]) == 24
+    fits, long = ttsi.tt_si(llama, tok, [ask(50), ask(62)], config())
+    assert 1200 < len(fits["ids"]) < 2048 < len(long["ids"]) and "direct" in fits and len(fits["logp"]) == 50
     assert f'prompt of {len(long["ids"])} + 12 tokens' in long["error"] and "direct" not in long
-    rows = [ttsi.finish(x, s, config()) for x, s in zip((fits, long), (ask(24), ask(45)))]
-    assert ttsi.summarise(rows)["labelled"] == 2 and list(ttsi.summarise(rows)["failed"]) == ["45"]
+    rows = [ttsi.finish(x, s, config()) for x, s in zip((fits, long), (ask(50), ask(62)))]
+    assert ttsi.summarise(rows)["labelled"] == 2 and list(ttsi.summarise(rows)["failed"]) == ["62"]
 
 
 # ------------------------------------------------------------------------------------------------ scoring
