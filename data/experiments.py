@@ -712,7 +712,9 @@ def cost_figure(found):
               if not (group != "main" and label in ("TT-SI (the default)", "closest of 4 drafts", "K = 1, of 1 drafts"))]
     low = 10 * math.floor(min(r["interval"][0] for *_, r in points) / 10)
     high = 10 * math.ceil(max(r["interval"][1] for *_, r in points) / 10)
-    a = Axes(60, 30, 560, 18 * len(points), {math.log2(v): f"{v}x" for v in (1, 2, 4, 8, 16)}, {v: f"{v:+d}" for v in range(low, high + 1, 10)},
+    doublings = math.ceil(math.log2(max(r["tokens"] for *_, r in points)))
+    a = Axes(60, 30, 560, 18 * len(points), {v: f"{2 ** v}x" for v in range(doublings + 1)},
+             {v: f"{v:+d}" for v in range(low, high + 1, 10)},
              "tokens per sample, as a multiple of a direct answer's (training before the first query not counted)",
              "call accuracy, points over direct answers, 95 % interval over items")
     for i, (group, label, r) in enumerate(points, 1):
