@@ -282,7 +282,7 @@ def test_suffix_gradients_equal_a_full_forward_with_the_adapter_masked(model, to
     cfg = config(epochs=1, adapt="suffix")
     xs = prepared(model, tok, cfg)[:1]
     past, _ = ttsi.prefill(model, tok, xs, [])
-    rows, n = [xs[0]["ids"] + [20, 21, 22]], [3]
+    span = xs[0]["ids"] + [20, 21, 22], len(xs[0]["ids"])
 
     def gradients(masked):
         with ttsi.adapters(model, xs, cfg) as theta:
@@ -295,7 +295,7 @@ def test_suffix_gradients_equal_a_full_forward_with_the_adapter_masked(model, to
                     return torch.where(behind, keep(x, y, parameters, cfg), y)
                 ttsi.adapted = only_suffix
             try:
-                loss = ttsi.token_logprobs(model, rows, n, None if masked else past).sum()
+                loss = ttsi.logprob(model, [span], None if masked else past).sum()
                 return torch.autograd.grad(loss, theta)
             finally:
                 ttsi.adapted = keep
@@ -735,7 +735,7 @@ def test_a_long_prompt_runs_whole_and_one_beyond_the_context_is_named(llama, tok
     ask = lambda n: dict(SAMPLES[1], id=str(n), tools=tools[:n], call={"name": tools[0]["name"], "arguments": {}})
     fits, long = ttsi.tt_si(llama, tok, [ask(50), ask(62)], config())
     assert 1200 < len(fits["ids"]) < 2048 < len(long["ids"]) and "direct" in fits and len(fits["logp"]) == 50
-    assert f'prompt of {len(long["ids"])} + 12 tokens' in long["error"] and "direct" not in long
+    assert f'{len(long["ids"]) + 12} tokens, exceed the context of 2048' in long["error"] and "direct" not in long
     rows = [ttsi.finish(x, s, config()) for x, s in zip((fits, long), (ask(50), ask(62)))]
     assert ttsi.summarise(rows)["labelled"] == 2 and list(ttsi.summarise(rows)["failed"]) == ["62"]
 
@@ -831,7 +831,7 @@ TOOLS = '"tools": [{"name": "f", "parameters": {"properties": {}}}]'
     ('{"query": "q", "tools": [{}]}', "a tool must be"),
     ('{"query": "q", "tools": [{"name": "f"}, {"name": "f"}]}', "offered twice"),
     ('{"query": "q", "tools": [{"name": "f", "parameters": {"properties": [1]}}]}', "a tool must be"),
-    ('{"query": "q", ' + TOOLS + ', "call": {"name": "g", "arguments": {}}}', "not one of the tools"),
+    ('{"query": "q", ' + TOOLS + ', "call": {"name": "g", "arguments": {}}}', "one of the tools"),
     ('{"query": "q", ' + TOOLS + ', "call": "f"}', '"call" must be'),
     ('{"query": "q", ' + TOOLS + ', "call": {"name": "f", "arguments": "{"}}', "not JSON"),
     ('{"query": "q", ' + TOOLS + ', "accept": {"x": 1}}', '"accept" must be'),
@@ -974,7 +974,7 @@ def world():
 def lab(world, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(HERE / "data"), *sys.path])
     import experiments
-    lab = experiments.Lab(argparse.Namespace(model=ttsi.Config.model, data=str(HERE / "data/demo.jsonl"), limit=6,
+    lab = experiments.Lab(argparse.Namespace(model=ttsi.Config.model, data=str(HERE / "data/demo.jsonl"), limit=6, flags="",
                                              quick=True, teacher=str(HERE / "data/teacher")))
     lab.runs = tmp_path
     return experiments, lab
@@ -1132,10 +1132,20 @@ def test_who_is_adapted(lab):
     experiments, lab = lab
     n = sum("adapted" in r for r in experiments.uncertain(lab.run(0, "--select all")))
     assert 0 < sum("adapted" in r for r in experiments.a_random_subset(lab, 0)) == n < 6
-    assert sum("adapted" in r for r in experiments.within_budget(lab, 0, 1 / 3)) == 2
+    dev = sorted(r["margin"] for r in map(json.loads, open(lab.path(0, f"--method direct --limit 0 --data {HERE}/data/dev.jsonl"))))
+    third = sum(r["margin"] < dev[len(dev) // 3] for r in lab.run(0, "--select all"))
+    assert sum("adapted" in r for r in experiments.within_budget(lab, 0, 1 / 3)) == third
     own = experiments.the_item_itself(lab, 0)
     gold = {s["id"]: s["call"] for s in lab.samples(lab.config(0))}
     assert all(r["pairs"][0]["call"] == gold[r["id"]] for r in own if "adapted" in r) and ttsi.supplied.__module__ == "ttsi"
+
+
+def test_doses_are_nested(lab):
+    experiments, lab = lab
+    rows = {share: experiments.dose(lab, 0, share) for share in (0, 50, 100)}
+    same = lambda a, b: sum(x == y for x, y in zip(rows[a], rows[b]))
+    assert rows[100] == lab.run(0) and (same(50, 100), same(0, 50), same(0, 100)) == (3, 3, 0)
+    assert all(r["scores"]["direct"]["call"] for r in rows[0]), "unshifted items are answered"
 
 
 def test_controls_do_what_their_names_say(lab):

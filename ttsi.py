@@ -1,7 +1,6 @@
 """TT-SI in one file: a language model that improves itself while it answers.
 
 "Self-Improving LLM Agents at Test-Time" (Acikgoz et al. 2025, arXiv 2510.07841). For every input x, on its own:
-
     H  l_n = log P(a_n | x) for each tool name a_n on offer, p = softmax(l), margin u = p(1) - p(2)
        u >= tau: certain, answer with the base parameters
     G  u <  tau: uncertain, the same model writes K similar pairs (x', y'); it never sees the label of x
@@ -13,25 +12,29 @@
     python ttsi.py --model Qwen/Qwen2.5-0.5B-Instruct --data calls.jsonl --output runs/qwen.jsonl
 
 Departures from the paper, and choices where it is silent (--paper sets everything that it states):
- 1. Four drafts must pass label-free checks (--check); the closest to x is trained on. 2. A pair is written call first.
- 3. SGD, normalised per adapter; we take the paper's 1e-4 for AdamW's rate (--optimizer). No warm-up. 4. The adapter
- acts behind the tool list only (--adapt suffix): one cache of it serves every stage. 5. Tools are offered in a seeded
- order (--shuffle): benchmarks list the right one first. 6. b samples at once, each with an adapter of its own.
-Shapes: b samples, N candidates, R rows of T tokens, V vocabulary, K pairs, r rank.
+ 1. Four drafts must pass label-free checks (--check); the closest to x is trained on. 2. A pair is written call
+ first. 3. SGD, normalised per adapter; we take the paper's 1e-4 for AdamW's rate (--optimizer). No warm-up. 4. The
+ adapter acts behind the tools only (--adapt suffix): one cache of them serves every stage. 5. Tools are offered in a
+ seeded order (--shuffle): benchmarks list the right one first. 6. b samples at once, each with an adapter of its own.
+Shapes: b samples, N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. A span: (token ids, begin).
 """
 import argparse, copy, dataclasses, functools, hashlib, json, math, os, re, sys, time  # noqa: E401
 from collections import Counter, namedtuple
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch, transformers  # noqa: E401
 from tqdm import tqdm
-HERE = Path(__file__).resolve().parent
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 # ---------------------------------------------------------------------------------------------- configuration
-def flag(default, text, allowed=None):
-    """A field that is a flag; `allowed` is a tuple of choices, or the least number."""
-    return dataclasses.field(default=default, metadata={"help": text, "allowed": allowed})
+HERE = Path(__file__).resolve().parent
+def flag(default, text, choices=None, least=None):
+    """A field that is a flag: its default, its help, and the choices or the least number that are allowed."""
+    typed = {"type": type(default), "choices": choices}
+    how = {"action": argparse.BooleanOptionalAction} if type(default) is bool else typed
+    how["help"] = text.replace("%", "%%") + ("" if default == "" else " (default: %(default)s)")
+    return dataclasses.field(default=default, metadata={"least": least, "argparse": how})
 
 @dataclasses.dataclass
 class Config:
@@ -41,60 +44,58 @@ class Config:
     output: str = flag("", "one JSON row per sample goes here, a summary beside it; a run that was cut off goes on")
     teacher: str = flag("", "a model that writes the drafts in its place: TT-D [paper]")
     pairs: str = flag("", "train on the pairs of this file, {id, pairs: [{request, call}]} a line, not on drafts")
-    limit: int = flag(0, "only the first so many samples; 0: all", 0)
+    limit: int = flag(0, "only the first so many samples; 0: all", least=0)
     ids: str = flag("", "only these samples, separated by commas")
     trace: str = flag("", "tell the sample of this id step by step")
     seed: int = flag(0, "of drafts, adapter initialisation and candidate order")
     device: str = flag("auto", "a torch device; auto: cuda, else mps, else cpu")
     dtype: str = flag("auto", "auto: float32 on a CPU, else as stored", ("auto", "float32", "bfloat16", "float16"))
-    batch_size: int = flag(0, "samples at once; memory grows with it (README: Speed); 0: 25, 1 for other models [ours]", 0)
+    batch_size: int = flag(0, "samples at once; memory grows (README: Speed); 0: 25, other models 1 [ours]", least=0)
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
-    method: str = flag("ttsi", "train on the pairs, icl: show them [paper], direct: neither", ("ttsi", "icl", "direct"))
-    tau: float = flag(0.95, "adapt where the margin is below [paper]", 0.0)
+    method: str = flag("ttsi", "train on pairs, icl: show them [paper], direct: neither", ("ttsi", "icl", "direct"))
+    tau: float = flag(0.95, "adapt where the margin is below [paper]", least=0.0)
     score: str = flag("sum", "log-probability of a name: over its tokens sum [paper] or mean", ("sum", "mean"))
     select: str = flag("uncertain", "samples to adapt [paper, with controls]", ("uncertain", "certain", "all"))
-    k: int = flag(1, "pairs to train on [paper]", 1)
-    drafts: int = flag(4, "at once; of those that pass, the k closest to x are kept [ours; paper: 1]", 1)
+    k: int = flag(1, "pairs to train on [paper]", least=1)
+    drafts: int = flag(4, "at once; of those that pass, the k closest to x are kept [ours; paper: 1]", least=1)
     cover: bool = flag(False, "the tools of the drafts are forced in turn, the likeliest first [ours]")
-    attempts: int = flag(4, "times that drafts are written, until k pass [ours; paper: 1]", 1)
-    temperature: float = flag(1.0, "of the drafts; answers are greedy [ours]", 0.0)
+    attempts: int = flag(4, "times that drafts are written, until k pass [ours; paper: 1]", least=1)
+    temperature: float = flag(1.0, "of the drafts; answers are greedy [ours]", least=0.0)
     check: bool = flag(True, "only drafts that pass the label-free checks are kept [ours]")
-    max_new_tokens: int = flag(256, "at most, in a draft or an answer [ours]", 1)
-    lora_rank: int = flag(8, "r [paper]", 1)
-    lora_alpha: float = flag(16.0, "the adapter's output is scaled by alpha / r [paper]", 0.0)
+    max_new_tokens: int = flag(256, "at most, in a draft or an answer [ours]", least=1)
+    lora_rank: int = flag(8, "r [paper]", least=1)
+    lora_alpha: float = flag(16.0, "the adapter's output is scaled by alpha / r [paper]", least=0.0)
     optimizer: str = flag("sgd", "sgd: a step has length lr in each adapter [ours]; adamw [paper]", ("sgd", "adamw"))
-    lr: float = flag(0.1, "peak of the cosine schedule [ours; paper: 1e-4, adamw]", 0.0)
-    epochs: int = flag(5, "steps, each on all k pairs [paper: 5, k = 1]", 0)
+    lr: float = flag(0.1, "peak of the cosine schedule [ours; paper: 1e-4, adamw]", least=0.0)
+    epochs: int = flag(5, "steps, each on all k pairs [paper: 5, k = 1]", least=0)
     adapt: str = flag("suffix", "the adapter acts behind the tools [ours], or everywhere [paper]", ("suffix", "full"))
-
 PAPER = ("--tau 0.95 --score sum --select uncertain --k 1 --drafts 1 --attempts 1 --no-check --lora-rank 8"
          " --lora-alpha 16 --optimizer adamw --lr 1e-4 --epochs 5 --adapt full")
 
 # ---------------------------------------------------------------------------------------------- data and prompts
 class InputError(ValueError):
     """Bad input, told in one line: where, what is wrong, and what would be right."""
+
 def need(ok, message):
     if not ok:
         raise InputError(message)
+
 DECODER = json.JSONDecoder(parse_constant=lambda name: need(False, f"{name} is not JSON"))
-def dumps(value):
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
 def loads(text, decode=DECODER.decode):
-    """One JSON object, or a ValueError. No lone surrogates, which no tokenizer takes; no 1e999, which is infinite."""
+    """One JSON object, or an InputError. No lone surrogates, which no tokenizer takes; no 1e999, it is infinite."""
     try:
         value = decode(text)
         dumps(value).encode()
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"not JSON, one object each: {e}") from None
     need(isinstance(value, dict), f"found a {type(value).__name__}")
     return value
 
 def parse(text):
     """The JSON object that begins at the first brace of a model's text, or None. Model output is untrusted data."""
-    try:
+    with suppress(InputError):
         return loads(text, lambda text: DECODER.raw_decode(text, text.index("{"))[0])
-    except ValueError:
-        return None
 
 def fits(value, shape):
     """Has a JSON value this shape: a type, [shape], {key: shape}; "key?" may be absent or null, ... is any key."""
@@ -106,12 +107,10 @@ def fits(value, shape):
         all(fits(v, part) for v in value.values()) if key is ... else
         key[-1] == "?" and value.get(key[:-1]) is None or fits(value.get(key.rstrip("?")), part)
         for key, part in shape.items())
-
 MESSAGES = [{"role": str, "content?": str, "tool_calls?": [dict]}]
 TOOL = {"name": str, "description?": str, "parameters?": {"properties?": {...: dict}, "required?": [str]}}
 CALL = {"name": str, "arguments": dict}
-def to_call(call):
-    """Arguments may come as a JSON string."""
+def to_call(call):  # arguments may come as a JSON string
     return dict(call, arguments=loads(call["arguments"])) if fits(call, {"arguments": str}) else call
 
 def read_jsonl(path, check):
@@ -125,13 +124,12 @@ def read_jsonl(path, check):
         try:
             if line.strip():
                 record = loads(line)
-                record["id"] = str(record.get("id", number))
-                need(record["id"] not in found, f'id {dumps(record["id"])} is on an earlier line; ids must differ')
-                found[record["id"]] = check(record)
-        except ValueError as e:
-            errors.append(f'{path}:{number}: {"" if isinstance(e, InputError) else "not JSON, one object each: "}{e}')
-    need(not errors, "\n".join(errors))
-    need(found, f"{path}: nothing in it; each line must be one JSON object")
+                i = record["id"] = str(record.get("id", number))
+                need(i not in found, f"id {dumps(i)} is on an earlier line; ids must differ")
+                found[i] = check(record)
+        except InputError as e:
+            errors.append(f"{path}:{number}: {e}")
+    need(found and not errors, "\n".join(errors) or f"{path}: nothing in it; each line must be one JSON object")
     return found
 
 def to_sample(record):
@@ -146,8 +144,8 @@ def to_sample(record):
     names = [t["name"] for t in tools]
     need(len(set(names)) == len(names), f"a tool is offered twice; names must differ: {names}")
     call = to_call(record.get("call"))
-    need(call is None or fits(call, CALL), '"call" must be {"name": "...", "arguments": {...}}')
-    need(not call or call["name"] in names, f'"call" names {call and call["name"]!r}, not one of the tools {names}')
+    need(call is None or fits(call, CALL) and call["name"] in names,
+         f'"call" must be {{"name": ..., "arguments": {{...}}}} for one of the tools {names}: {dumps(call)[:80]}')
     need(fits(record, {"accept?": {...: list}}), '"accept" must be {argument: [acceptable values]}')
     sample = {"id": record["id"], "messages": messages, "tools": tools, "call": call, "accept": record.get("accept")}
     return {key: value for key, value in sample.items() if value is not None}
@@ -163,22 +161,21 @@ SYSTEM = ('Answer the request with one tool call, a JSON object {"name": ..., "a
 DRAFT = ('Write a DIFFERENT request of the same kind as the one below, for any of the tools, and its call, as a JSON'
          ' object {"call": {"name": ..., "arguments": {...}}, "request": "..."} and nothing else.\n\n')
 
-def system_text(tools):
-    """The tool list, one JSON object per line. It comes first, so that all that follows can share its cache."""
+def system_text(tools):  # the tools, one a line; they come first, so that all that follows can share their cache
     return SYSTEM + "\n".join(dumps(t) for t in tools)
 
 def user_text(messages):
     """The request; a dialogue becomes a transcript in one message, earlier calls and results included."""
-    if len(messages) == 1:
-        return messages[0]["content"].strip()
     turns = []
     for m in messages:
-        turns += [f'{m["role"]}: {m["content"].strip()}'] if (m.get("content") or "").strip() else []
+        text = (m.get("content") or "").strip()
+        turns += [f'{m["role"]}: {text}' if len(messages) > 1 else text] * bool(text)
         turns += [f'call: {dumps(c.get("function", c))}' for c in m.get("tool_calls") or []]
     return "\n".join(turns)
 
-PLAIN = ("{{ bos_token }}{% for m in messages %}{{ {'system': '', 'user': '\n\nRequest: ', 'assistant': '\nAnswer:\n'}[m.role]"
-         " + m.content }}{% endfor %}\nAnswer:\n")  # for tokenizers without a chat template
+PLAIN = ("{{ bos_token }}{% for m in messages %}{{ {'system': '', 'user': '\n\nRequest: ', 'assistant': '\nAnswer:\n'"
+         "}[m.role] + m.content }}{% endfor %}\nAnswer:\n")  # for tokenizers without a chat template
+
 def render(tok, system, user, shown=()):
     """-> (prompt, length of its part that ends with the system text), by the chat template; shown pairs are turns."""
     turns = [turn for pair in shown for turn in (pair["request"], dumps(pair["call"]))] + [user]
@@ -197,22 +194,23 @@ def render(tok, system, user, shown=()):
     raise InputError(f"the model's chat template does not hold a system and a user message: {text[:80]}")
 
 def encode(tok, text, *at):
-    """-> (token ids, n for each character position in `at`): token n is the first that reaches beyond it. Prompt and
-    answer are tokenised as one text: a token that straddles their boundary is the answer's."""
+    """-> (token ids, for each character position in `at` the first token that reaches beyond it: the answer's)."""
     out = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     return out.input_ids, *(sum(end <= a for _, end in out.offset_mapping) for a in at)
 
 def name_tokens(tok, prompt, name):
-    """-> (ids of prompt + {"name": "...", up to the token with the closing quote; first token of the name). It is
-    tokenised inside its whole answer: in many vocabularies the quote and the comma are one token."""
+    """-> span of the name and its closing quote after prompt + {"name": ", as tokenised inside a whole answer."""
     text = prompt + '{"name": ' + dumps(name)
     ids, begin, quote = encode(tok, text + ', "arguments"', len(text) - len(dumps(name)) + 1, len(text) - 1)
     return ids[:quote + 1], begin
 
 def pair_tokens(tok, x, pair):
-    """-> (ids of the prompt for the pair's request and of the answer that is its call, first token of the answer)."""
+    """-> span of the prompt for the pair's request and of the answer that is its call, from the answer on."""
     prompt, _ = render(tok, x["system"], pair["request"])
     return encode(tok, prompt + dumps(pair["call"]), len(prompt))
+
+def context(model):
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 def draw(*key):
     """A torch generator seeded by `key` alone: no draw depends on order, batch, resume or shard."""
@@ -220,34 +218,32 @@ def draw(*key):
 
 def prepare(model, tok, sample, cfg):
     """What Algorithm 1 may see of a sample: request, tools, prompt. The label stays behind."""
-    tools = sorted(sample["tools"], key=lambda t: t["name"]) if cfg.shuffle else sample["tools"]
+    tools = sample["tools"]
     if cfg.shuffle:  # by seed and names alone, so that samples with one tool list share one order
+        tools = sorted(tools, key=lambda t: t["name"])
         order = draw(cfg.seed, "order", [t["name"] for t in tools])
         tools = [tools[i] for i in torch.randperm(len(tools), generator=order)]
     x = {"id": sample["id"], "request": user_text(sample["messages"]), "system": system_text(tools), "tools": tools,
-         "names": [t["name"] for t in tools], "labelled": "call" in sample, "cost": {}, "error": "", "tok": tok,
+         "names": [t["name"] for t in tools], "labelled": "call" in sample, "cost": {}, "tok": tok,
          "context": context(model)}
     x["prompt"], head = render(tok, x["system"], x["request"])
     x["ids"], x["head"] = encode(tok, x["prompt"], head)
     x["candidates"] = [name_tokens(tok, x["prompt"], name) for name in x["names"]]
-    if max(len(x["ids"]) + cfg.max_new_tokens, *(len(ids) for ids, _ in x["candidates"])) > x["context"]:
-        x["error"] = f'prompt of {len(x["ids"])} + {cfg.max_new_tokens} tokens, they exceed the context of {x["context"]}'
+    n = max(len(x["ids"]) + cfg.max_new_tokens, *(len(ids) for ids, _ in x["candidates"]))
+    x["error"] = f"prompt and answer, {n} tokens, exceed the context of {x['context']}" * (n > x["context"])
     return x
 
 # ---------------------------------------------------------------------------------------------- tokens, cache, stages
-Past = namedtuple("Past", "ids cache mask")  # R rows that were read; a cache; (R, slots) which of its slots are theirs
+Past = namedtuple("Past", "ids cache mask")  # R rows that were read; a cache; (R, slots) which slots are theirs
 def forward(model, rows, past=None, keep=1):
     """-> (logits (R, keep, V) at the last `keep` positions of R token rows, the Past that they leave behind).
     Each row continues the longest row of `past` that it begins with, whose tokens are not computed again; `past` is
     not changed. Rows are padded on the left: all end together, and only positions that matter go through the head."""
-    begun, cache, mask = past or ([[]] * len(rows), transformers.DynamicCache(config=model.config),
-                                  torch.zeros(len(rows), 0, dtype=torch.long))
+    begun, cache, mask = past or ([[]] * len(rows), DynamicCache(config=model.config), torch.ones(len(rows), 0).int())
     cache = copy.copy(cache)  # shallow copies do: an update rebinds a layer's tensors
     cache.layers = list(map(copy.copy, cache.layers))
     if past and [row[:-1] for row in rows] != past.ids:  # while decoding they are equal
-        at = {tuple(ids): i for i, ids in enumerate(past.ids)}
-        lengths = sorted(set(map(len, at)), reverse=True)
-        owner = [next(at[row[:n]] for n in lengths if row[:n] in at) for row in map(tuple, rows)]
+        owner = [max((len(ids), i) for i, ids in enumerate(past.ids) if row[:len(ids)] == ids)[1] for row in rows]
         begun, end = [past.ids[o] for o in owner], int(mask[owner].any(0).nonzero().max()) + 1
         mask = mask[owner, :end]
         for layer in cache.layers:
@@ -255,8 +251,8 @@ def forward(model, rows, past=None, keep=1):
         cache.reorder_cache(torch.tensor(owner, device=model.device))
     new = [row[len(ids):] for row, ids in zip(rows, begun)]
     width = max(map(len, new))
-    ids = torch.tensor([[0] * (width - len(n)) + n for n in new])  # (R, T)
-    mask = torch.cat([mask, torch.tensor([[0] * (width - len(n)) + [1] * len(n) for n in new])], 1)  # (R, slots + T)
+    ids = padded(new, width)  # (R, T)
+    mask = torch.cat([mask, padded([[1] * len(n) for n in new], width)], 1)  # (R, slots + T)
     position = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]  # pads do not count
     last = torch.arange(max(0, width - keep), width)  # no slice: the head is faster on contiguous tensors
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=True,
@@ -264,37 +260,36 @@ def forward(model, rows, past=None, keep=1):
     forward.tokens += ids.numel() * (1 + torch.is_grad_enabled())
     return logits, Past(list(rows), cache, mask)
 forward.tokens = 0  # read so far, for `metered`
+def padded(rows, width, pad=0):
+    return torch.tensor([[pad] * (width - len(row)) + row for row in rows])
 
-def context(model):
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-def windowed(model):
-    """Does a layer see a window of slots only? Padding would then push real tokens out of it."""
-    return any(layer.is_sliding for layer in transformers.DynamicCache(config=model.config).layers)
+def windowed(model):  # does a layer see a window of slots only? padding would push real tokens out of it
+    return any(layer.is_sliding for layer in DynamicCache(config=model.config).layers)
 
-def token_logprobs(model, rows, n, past=None):
-    """(R, L) log-probability of the last n[j] tokens of row j, L = max(n); right-aligned, 0 elsewhere.
+def logprob(model, spans, past=None):
+    """(R,) log-probability of each of R spans (ids, begin): of the tokens from `begin` on, after those before.
         tokens    t0    t1    t2    t3       the logits at one position
         logits    '---> '---> '---> '        predict the token at the next"""
-    L = max(n)
-    if windowed(model) and len(rows) > 1:  # one by one, unpadded
-        return torch.cat([torch.nn.functional.pad(token_logprobs(model, [row], [k], past), (L - k, 0))
-                          for row, k in zip(rows, n)])
-    logits = forward(model, rows, past, L + 1)[0][:, :-1]  # (R, L, V)
-    target = torch.tensor([([0] * L + row)[-L:] for row in rows], device=logits.device)
-    logp = logits.float().log_softmax(-1).gather(-1, target[..., None])[..., 0]
-    wanted = torch.arange(L) >= L - torch.tensor(n)[:, None]
-    return logp.masked_fill(~wanted.to(logp.device), 0.0)
+    if windowed(model) and len(spans) > 1:  # one by one, unpadded
+        return torch.cat([logprob(model, [span], past) for span in spans])
+    rest = [ids[begin:] for ids, begin in spans]
+    L = max(map(len, rest))
+    logits = forward(model, [ids for ids, _ in spans], past, L + 1)[0][:, :-1].flatten(0, 1)  # (R L, V)
+    target = padded(rest, L, pad=-100).flatten().to(model.device)  # what is -100 gives no loss
+    return -torch.nn.functional.cross_entropy(logits.float(), target, reduction="none").view(-1, L).sum(1)
 
 @torch.no_grad()
 def decode(model, tok, rows, start, limit, past=None, temperature=0.0, uniform=None):
-    """-> R texts from token start[j] of row j on, each ended by an end token, a closed JSON object, or `limit`.
-    temperature 0 is greedy; else uniform (R, limit) in [0, 1) goes through the inverse of the cumulative
-    distribution: a row's draws are its own, whatever else is in the batch. No generation_config is obeyed."""
+    """-> R texts, of row j from token start[j] to an end token, a closed JSON object or `limit`. Greedy, or uniform
+    (R, limit) in [0, 1) through the inverse of the cumulative distribution: a row's draws do not depend on others."""
+    if windowed(model) and len(set(map(len, rows))) > 1:  # one by one, unpadded
+        return [decode(model, tok, [row], [n], limit, past, temperature, u)[0]
+                for row, n, u in zip(rows, start, [None] * len(rows) if uniform is None else uniform[:, None])]
     ends = {e for c in (tok, model.generation_config, model.config.get_text_config())
             for e in (c.eos_token_id if isinstance(c.eos_token_id, list) else [c.eos_token_id])}
     text = lambda ids: tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     closes = functools.cache(lambda token: "}" in text([token]))
-    texts, at, live = [""] * len(rows), list(range(len(rows))), set(range(len(rows)))
+    texts, at = [None] * len(rows), range(len(rows))
     for t in range(limit):
         logits, past = forward(model, rows, past)
         token = logits[:, -1].argmax(-1)
@@ -305,19 +300,19 @@ def decode(model, tok, rows, start, limit, past=None, temperature=0.0, uniform=N
         rows = [row + [k] for row, k in zip(rows, token.tolist())]
         for i, row in zip(at, rows):
             end = row[-1] in ends
-            if i in live and (end or closes(row[-1]) or t == limit - 1):
-                texts[i] = text(row[start[i]:len(row) - end])
-                if end or parse(texts[i]) is not None:
-                    live.remove(i)
-        if not live:
-            break
+            if texts[i] is None and (end or closes(row[-1]) or t == limit - 1):
+                written = text(row[start[i]:len(row) - end])
+                if end or t == limit - 1 or parse(written) is not None:
+                    texts[i] = written
+        if None not in texts:
+            return texts
         if uniform is not None:  # a draft that has ended leaves the batch; adapters need every row in its place
-            at, rows = zip(*((i, row) for i, row in zip(at, rows) if i in live))
-    return texts
+            at, rows = zip(*((i, row) for i, row in zip(at, rows) if texts[i] is None))
 
 def metered(f):
     """Adds the stage's seconds and tokens to each sample's "cost", in equal shares; without samples, does nothing.
     Tokens are forward equivalents, padding included. One with a backward pass counts twice: the base is frozen."""
+    @torch.no_grad()  # all stages but T; not inference_mode: T's gradients pass through what is cached in the others
     @functools.wraps(f)
     def stage(model, tok, xs, *args, name=f.__name__, **kw):
         if not xs:
@@ -332,7 +327,6 @@ def metered(f):
     return stage
 
 @metered
-@torch.no_grad()  # not inference_mode: T's gradients pass through what is cached here
 def prefill(model, tok, xs, memory):
     """-> the Pasts of the tool lists, and of the prompts but for their last token. All is read in one pass; the lists
     apart if several samples share one, and not again if `memory`, a list, has them from the last call."""
@@ -356,15 +350,12 @@ def answer(model, tok, xs, past, cfg, method=""):
 
 # ---------------------------------------------------------------------------------------------- H: self-awareness
 @metered
-@torch.no_grad()
 def score(model, tok, xs, past, cfg):
-    """H. -> for each sample log P(a_n | x) in the order of x["names"]: from the first token of a name through the one
-    that holds its closing quote, for without a terminator no name could lose to one that it begins."""
-    rows, begin = zip(*(candidate for x in xs for candidate in x["candidates"]))
-    n = [len(row) - b for row, b in zip(rows, begin)]
-    logp = token_logprobs(model, rows, n, past).sum(1).tolist()
-    flat = iter(logp if cfg.score == "sum" else [l / tokens for l, tokens in zip(logp, n)])
-    return [[next(flat) for _ in x["names"]] for x in xs]
+    """H. -> for each sample log P(a_n | x), closing quotes included, or no name could lose to one that it begins."""
+    spans = [span for x in xs for span in x["candidates"]]
+    n = torch.tensor([len(ids) - begin if cfg.score == "mean" else 1 for ids, begin in spans])
+    logp = logprob(model, spans, past).cpu().double() / n
+    return [l.tolist() for l in logp.split([len(x["names"]) for x in xs])]
 
 def softmax(logp):
     return torch.tensor(logp, dtype=torch.float64).softmax(0).tolist()
@@ -377,31 +368,30 @@ def certainty(logp):
 
 # ---------------------------------------------------------------------------------------------- G: self-data
 @metered
-@torch.no_grad()
 def generate(model, tok, xs, past, cfg):
-    """G. The model, or a teacher in its place (past: None), writes drafts, up to `attempts` times, until K pass
-    -> for each sample [{text, verdict, pair}]."""
-    drafts, prompts = [[] for _ in xs], [render(tok, x["system"], DRAFT + x["request"])[0] for x in xs]
+    """G. -> for each sample the drafts that the model, or a teacher (past: None), writes until K pass."""
+    drafts, writing = [], []
+    for x in xs:
+        prompt, _ = render(tok, x["system"], DRAFT + x["request"])
+        likely = [name for _, name in sorted(zip(x["logp"], x["names"]), reverse=True)] if cfg.cover else []
+        begun = [*encode(tok, prompt), *(name_tokens(tok, prompt + '{"call": ', name)[0] for name in likely)]
+        long = max(map(len, begun)) + cfg.max_new_tokens > context(model)
+        drafts.append([{"text": "", "verdict": "the prompt for drafts exceeds the context", "pair": None}] * long)
+        writing += [(x, drafts[-1], begun)] * (not long)
     for _ in range(cfg.attempts):
-        rows, start, uniform, owner, shared = [], [], [], [], []
-        for x, prompt, mine in zip(xs, prompts, drafts):
-            ids, begin = encode(tok, prompt, len(prompt))
-            missing = cfg.k - sum(d["pair"] is not None for d in mine)
-            numbers = range(len(mine), len(mine) + max(cfg.drafts, missing) * (missing > 0))
-            names = [name for _, name in sorted(zip(x.get("logp", []), x["names"]), reverse=True)]
-            new = [name_tokens(tok, prompt + '{"call": ', names[d % len(names)])[0] if cfg.cover else ids for d in numbers]
-            if max(map(len, [ids] + new)) + cfg.max_new_tokens > context(model):
-                mine[:] = [{"text": "", "verdict": "the prompt for drafts exceeds the context", "pair": None}]
-                continue
-            shared += [os.path.commonprefix([ids] + new)[:-1]] * (missing > 0)  # of token ids: read once for all drafts
-            rows, start, owner = rows + new, start + [begin] * len(new), owner + [(x, mine)] * len(new)
-            uniform += [torch.rand(cfg.max_new_tokens, generator=draw(cfg.seed, x["id"], "draft", d)) for d in numbers]
-        if not rows:
+        writing = [w for w in writing if len(kept(w[1])) < cfg.k]
+        if not writing:
             break
+        jobs = [(x, mine, begun, d) for x, mine, begun in writing
+                for d in range(len(mine), len(mine) + max(cfg.drafts, cfg.k - len(kept(mine))))]
+        rows = [forced[d % len(forced)] if forced else ids for _, _, (ids, *forced), d in jobs]
+        start = [len(begun[0]) for _, _, begun, _ in jobs]
+        uniform = [torch.rand(cfg.max_new_tokens, generator=draw(cfg.seed, x["id"], "draft", d)) for x, *_, d in jobs]
+        shared = [os.path.commonprefix(begun)[:-1] for *_, begun in writing]  # of token ids: read once for all drafts
         asked = forward(model, shared, past)[1]
         texts = decode(model, tok, rows, start, cfg.max_new_tokens, asked, cfg.temperature, torch.stack(uniform))
-        for (x, mine), text in zip(owner, texts):
-            mine.append(judge(parse(text), text, x, mine, cfg))
+        for (x, mine, *_), text in zip(jobs, texts):
+            mine.append(judge(text, x, mine, cfg))
     return drafts
 
 def supplied(xs, pairs, cfg):
@@ -409,57 +399,56 @@ def supplied(xs, pairs, cfg):
     drafts = [[] for _ in xs]
     for x, mine in zip(xs, drafts):
         for pair in pairs.get(x["id"], []):
-            mine.append(judge(pair, dumps(pair), x, mine, cfg, copies=False))
+            mine.append(judge(dumps(pair), x, mine, cfg, copies=False))
     return drafts
 
-def judge(draft, text, x, before, cfg, copies=True):
-    """One draft, parsed -> {text, verdict, pair or None}. Unchecked, all that it needs are a request and a call."""
+def judge(text, x, before, cfg, copies=True):
+    """One draft -> {text, verdict, pair or None}. Unchecked, all that it needs are a request and a call."""
+    draft = parse(text)
     if not fits(draft, {"request": str, "call": CALL}) or not draft["request"].strip():
         return {"text": text, "verdict": "no JSON object with a request and a call", "pair": None}
     pair = {"request": draft["request"].strip(), "call": {key: draft["call"][key] for key in CALL}}
+    long = "exceeds the context" * (len(pair_tokens(x["tok"], x, pair)[0]) > x["context"])
     copied = "copy of the request" * (not copies and words(pair["request"]) == words(x["request"]))
-    wrong = copied or (check(pair, x, [d["pair"] for d in before if d["pair"]]) if cfg.check else "")
-    if len(pair_tokens(x["tok"], x, pair)[0]) > x["context"]:
-        wrong = "exceeds the context"
+    wrong = long or copied or (check(pair, x, kept(before)) if cfg.check else "")
     return {"text": text, "verdict": wrong or "kept", "pair": None if wrong else pair}
+TYPES = dict(string=[str], integer=[int], number=[int, float], boolean=[bool], array=[list], object=[dict])
 
-TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
 # FORK HERE: checks of your own. They see the request, the tools on offer and earlier drafts, never a label.
 def check(pair, x, before):
     """What is wrong with a pair {request, call} written for the sample x, or "" """
-    name, arguments = pair["call"]["name"], pair["call"]["arguments"]
+    name, arguments, request = pair["call"]["name"], pair["call"]["arguments"], pair["request"]
     if name not in x["names"]:
         return "tool not on offer"
     schema = x["tools"][x["names"].index(name)].get("parameters") or {}
-    if any(key not in arguments for key in schema.get("required") or []):
-        return "required argument missing"
-    for key, value in arguments.items():
-        rule = (schema.get("properties") or {}).get(key)
-        if rule is None:
-            return "unknown argument"
-        kind = TYPES.get(str(rule.get("type")), object)
-        if not isinstance(value, kind) or isinstance(value, bool) and kind not in (bool, object):  # True is an int
-            return "wrong type"
-        if isinstance(rule.get("enum"), list) and value not in rule["enum"]:
-            return "value not in enum"
-        if isinstance(value, str) and value.casefold() not in pair["request"].casefold():
-            return "value not in the request"
-    if words(pair["request"]) == words(x["request"]):
-        return "copy of the request"
-    return "written before" if any(words(pair["request"]) == words(p["request"]) for p in before) else ""
+    rules = schema.get("properties") or {}
+    known = [(rules[key], value) for key, value in arguments.items() if key in rules]
+    faults = {
+        "required argument missing": not set(schema.get("required") or []) <= set(arguments),
+        "unknown argument": len(known) < len(arguments),
+        "wrong type": any(type(v) not in TYPES.get(str(rule.get("type")), [type(v)]) for rule, v in known),
+        "value not in enum": any(isinstance(rule.get("enum"), list) and v not in rule["enum"] for rule, v in known),
+        "value not in the request": any(type(v) is str and v.casefold() not in request.casefold() for _, v in known),
+        "copy of the request": words(request) == words(x["request"]),
+        "written before": words(request) in [words(p["request"]) for p in before]}
+    return next((fault for fault, found in faults.items() if found), "")
 
 def words(text):
     return re.findall(r"\w+", text.casefold())
+
+def kept(drafts):
+    return [d["pair"] for d in drafts if d["pair"]]
+
 def closest(x):
     """Pairs by the words that they share with the request, most first; a word rare among the pairs weighs more."""
-    pairs = [d["pair"] for d in x["drafts"] if d["pair"]]
+    pairs = kept(x["drafts"])
     bags = [set(words(p["request"])) for p in pairs]
     weight = {w: math.log((len(bags) + 1) / (sum(w in bag for bag in bags) + 1)) for w in words(x["request"])}
-    overlap = lambda pair: sum(v for w, v in weight.items() if w in words(pair["request"]))
-    return sorted(pairs, key=overlap, reverse=True)  # ties stay in order
+    overlap = [sum(v for w, v in weight.items() if w in bag) for bag in bags]
+    return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: -overlap[i])]  # stable: ties stay in order
 
 # ---------------------------------------------------------------------------------------------- T: self-improvement
-# FORK HERE: another adapter. `fresh` makes the parameters of one layer for b samples, `adapted` is what it then gives.
+# FORK HERE: another adapter. `fresh` makes one layer's parameters for b samples, `adapted` is what it then gives.
 def fresh(layer, generators, cfg):
     """A uniform in +-1/sqrt(d_in), B = 0: before the first step the adapter changes nothing. Always float32."""
     d_in, d_out = (layer.in_features, layer.out_features) if hasattr(layer, "in_features") else (layer.nx, layer.nf)
@@ -482,50 +471,43 @@ def linear_layers(model):
 def adapters(model, xs, cfg):
     """A temporary adapter on every linear layer for each of b samples: the i-th acts on the i-th of b equal groups of
     rows. Leaving the block is the reset: the base is never written, so there is nothing to restore."""
-    generators, theta, hooks = [draw(cfg.seed, x["id"], "adapter") for x in xs], [], []
-    try:
+    generators, theta = [draw(cfg.seed, x["id"], "adapter") for x in xs], []
+    with ExitStack() as hooks:
         for layer in linear_layers(model) if xs else []:
             parameters = [p.to(model.device).requires_grad_() for p in fresh(layer, generators, cfg)]
             def act(_, inputs, y, parameters=parameters):  # some models flatten rows and tokens
                 flat = [t.reshape(len(xs), -1, t.shape[-1]).float() for t in (inputs[0], y)]
                 return adapted(*flat, parameters, cfg).reshape(y.shape).to(y.dtype)
-            hooks.append(layer.register_forward_hook(act))
+            hooks.enter_context(layer.register_forward_hook(act))
             theta += parameters
         yield theta
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 @metered
 @torch.enable_grad()
 def train(model, tok, xs, theta, past, cfg):
-    """T. Trains adapter i on x_i's pairs, in place -> for each sample its losses, one a step: the mean over its pairs of
-    the mean over the answer's tokens. Their SUM over samples gives each adapter the gradient that it would get alone."""
-    K = max(len(x["pairs"]) for x in xs)
-    padded = [(x, pair) for x in xs for pair in (x["pairs"] + [None] * K)[:K]]  # a missing pair has weight 0
-    rows, begin = zip(*(pair_tokens(tok, x, pair or {"request": x["request"], "call": {}}) for x, pair in padded))
-    n = [len(row) - b for row, b in zip(rows, begin)]
-    weight = [1 / tokens / len(x["pairs"]) if pair else 0.0 for (x, pair), tokens in zip(padded, n)]
-    weight = torch.tensor(weight, device=model.device)
-    adamw = torch.optim.AdamW(theta, weight_decay=0.0) if cfg.optimizer == "adamw" else None  # afresh: no old moments
-    losses = []
+    """T. Trains adapter i on x_i's pairs, in place -> for each sample its loss at each step: the mean over its pairs
+    of the mean over answer tokens. The SUM over samples gives each adapter the gradient that it would get alone."""
+    K, losses = max(len(x["pairs"]) for x in xs), []
+    pairs = [(x, pair) for x in xs for pair in (x["pairs"] + [None] * K)[:K]]  # a missing pair has weight 0
+    spans = [pair_tokens(tok, x, pair or {"request": x["request"], "call": {}}) for x, pair in pairs]
+    weight = torch.tensor([1 / (len(ids) - begin) / len(x["pairs"]) if pair else 0.0
+                           for (x, pair), (ids, begin) in zip(pairs, spans)], device=model.device)  # (b K,)
+    adamw = torch.optim.AdamW(theta, weight_decay=0.0)  # afresh: no old moments
     for step in range(cfg.epochs):
-        logp = token_logprobs(model, rows, n, past)  # (b K, L)
-        loss = -(logp.sum(1) * weight).view(len(xs), K).sum(1)  # (b,)
-        for p, g in zip(theta, torch.autograd.grad(loss.sum(), theta, materialize_grads=True)):  # unused layers: zeros
+        loss = -(logprob(model, spans, past) * weight).view(len(xs), K).sum(1)  # (b,)
+        grads = torch.autograd.grad(loss.sum(), theta, allow_unused=True, materialize_grads=True)
+        for p, g in zip(theta, grads):
             p.grad = g
-        lr = cfg.lr * (1 + math.cos(math.pi * step / cfg.epochs)) / 2
-        if adamw:
-            adamw.param_groups[0]["lr"] = lr
+        lr = adamw.param_groups[0]["lr"] = cfg.lr * (1 + math.cos(math.pi * step / cfg.epochs)) / 2
+        if cfg.optimizer == "adamw":
             adamw.step()
         else:
             sgd(theta, lr)
         losses.append(loss.tolist())
     return [[step[i] for step in losses] for i in range(len(xs))]
 
-# FORK HERE: another update rule.
 @torch.no_grad()
-def sgd(theta, lr):
+def sgd(theta, lr):  # FORK HERE: another update rule
     """p <- p - lr g / |g|, |g| the norm over all parameters of one sample's adapter, never across samples [ours]"""
     norm = sum(p.grad.flatten(1).square().sum(1) for p in theta).sqrt().clamp(min=1e-12)  # (b,)
     for p in theta:
@@ -533,9 +515,8 @@ def sgd(theta, lr):
 
 # ---------------------------------------------------------------------------------------------- Algorithm 1
 def tt_si(model, tok, samples, cfg, pairs=None, teacher=None, memory=None):
-    """Algorithm 1 for b independent samples at once -> their rows, in order. b = 1 is the paper, literally. No label is
-    read: `prepare` leaves it behind. pairs: {id: [{request, call}]} to take instead of G; teacher: (model, tokenizer)
-    that writes them, TT-D [paper]. memory: for `prefill`."""
+    """Algorithm 1 for b independent samples at once -> their rows, in order; b = 1 is the paper. No label is read.
+    pairs: {id: [pair]} in place of G; teacher: (model, tokenizer) that writes them (TT-D); memory: see `prefill`."""
     writer = teacher or (model, tok)
     if len(samples) > 1 and (windowed(model) or windowed(writer[0])):
         return [row for s in samples for row in tt_si(model, tok, [s], cfg, pairs, teacher, memory)]
@@ -560,14 +541,13 @@ def tt_si(model, tok, samples, cfg, pairs=None, teacher=None, memory=None):
         if cfg.trace:
             note(students, after=score(model, tok, students, past, cfg, name="trace"))
     # Reset: the block has ended, the adapters are gone; the base parameters were never written.
-
     plain = [x for x in xs if "adapted" not in x or x["labelled"]]                  # y ~ theta for the certain,
     note(plain, direct=answer(model, tok, plain, asked, cfg, name="direct"))        # and to compare with
     return rows
+
 def note(xs, **columns):
-    for key, values in columns.items():
-        for x, value in zip(xs, values):
-            x[key] = value
+    for x, *values in zip(xs, *columns.values()):
+        x.update(zip(columns, values))
 
 # ---------------------------------------------------------------------------------------------- scoring, with labels
 def canonical(value):
@@ -592,13 +572,13 @@ def finish(x, sample, cfg):
     """What Algorithm 1 left of a sample -> its row: what is needed to check each decision by hand, and the grades."""
     row = {key: x[key] for key in "id error margin drafts pairs loss direct adapted cost".split() if key in x}
     if "logp" in x:
-        row["candidates"] = [dict(zip(("name", "logp", "p"), c)) for c in zip(x["names"], x["logp"], softmax(x["logp"]))]
-    row["decision"] = "not answered" if x["error"] else ("adapted" if "adapted" in x else "no pair was kept" if
-                       "pairs" in x else "direct") + f', margin {x["margin"]:.4f}, tau {cfg.tau:g}, {cfg.select}'
-    row["answer"] = x.get("adapted", x.get("direct"))
-    row["call"] = parse(row["answer"] or "")
+        row["candidates"] = [dict(name=n, logp=l, p=p) for n, l, p in zip(x["names"], x["logp"], softmax(x["logp"]))]
+    what = "adapted" if "adapted" in x else "no pair was kept" if "pairs" in x else "direct"
+    why = "" if x["error"] else f'{what}, margin {x["margin"]:.4f}, tau {cfg.tau:g}, {cfg.select}'
+    answer = x.get("adapted", x.get("direct"))
+    row |= {"decision": why or "not answered", "answer": answer, "call": parse(answer or "")}
     if "call" in sample:
-        row["scores"] = {"direct": grade(x.get("direct"), sample), "ttsi": grade(row["answer"], sample),
+        row["scores"] = {"direct": grade(x.get("direct"), sample), "ttsi": grade(answer, sample),
                          "first": sample["tools"][0]["name"] == sample["call"]["name"]}
     return json.loads(json.dumps(row), parse_constant=lambda name: None)  # a loss that is not finite becomes null
 
@@ -609,13 +589,12 @@ def interval(differences, resamples=10_000, seed=0):
     return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
 def auroc(values, right):
-    """The probability that a right one has the higher value, ties counting half; None where all are right, or none."""
-    high, low = (torch.tensor([v for v, r in zip(values, right) if r == side], dtype=torch.float64) for side in (1, 0))
-    return ((high[:, None] > low).double() + (high[:, None] == low) / 2).mean().item() if len(high) * len(low) else None
+    """The probability that a right one has the higher value, ties count half; None where all are right, or none."""
+    high, low = (torch.tensor([v for v, r in zip(values, right) if r == side]).double() for side in (True, False))
+    return (1 + (high[:, None] - low).sign().mean().item()) / 2 if len(high) * len(low) else None
 
 def every_tau(rows):
-    """Rows that were answered both ways (--select all) -> for each tau at which something changes, the samples adapted
-    and call accuracy, in percent; as a control also with only the others adapted."""
+    """Rows of --select all -> for each tau that matters: n adapted, call accuracy, that of adapting the others."""
     rows = sorted((r for r in rows if "scores" in r), key=lambda r: r.get("margin", 2))
     taus = [r.get("margin", 2) for r in rows] + [2]
     call = lambda side, part: 100 * sum(r["scores"][side]["call"] for r in part) / len(rows)
@@ -627,12 +606,11 @@ def every_tau(rows):
 STAGES = ("prefill", "score", "generate", "train", "answer", "direct")
 def summarise(rows):
     """-> counts, cost per sample, accuracies in percent over ALL labelled samples, and their paired difference."""
-    answered = [r for r in rows if not r["error"]]
-    scored = [r for r in rows if "scores" in r]
     mean = lambda values: sum(values) / max(1, len(values))
-    out = {"n": len(rows), "labelled": len(scored), "adapted": sum("adapted" in r for r in rows), "direct": {}, "ttsi": {}, "cost": {},
+    answered, scored = [r for r in rows if not r["error"]], [r for r in rows if "scores" in r]
+    out = {"n": len(rows), "labelled": len(scored), "adapted": sum("adapted" in r for r in rows),
            "one_candidate": sum(len(r.get("candidates", [])) == 1 for r in answered),
-           "failed": {r["id"]: r["error"] for r in rows if r["error"]},
+           "failed": {r["id"]: r["error"] for r in rows if r["error"]}, "direct": {}, "ttsi": {}, "cost": {},
            "verdicts": dict(sorted(Counter(d["verdict"] for r in answered for d in r.get("drafts", [])).items()))}
     for i, unit in enumerate(("seconds", "tokens")):  # the direct answer of an adapted sample is for comparison only
         costs = [{s: c[i] for s, c in r["cost"].items() if s != "direct" or "adapted" not in r} for r in answered]
@@ -644,25 +622,28 @@ def summarise(rows):
         for side in ("direct", "ttsi"):
             out[side] |= {kind: 100 * mean([r["scores"][side][kind] for r in scored]) for kind in ("name", "call")}
         change = [r["scores"]["ttsi"]["call"] - r["scores"]["direct"]["call"] for r in scored]
+        told = [r for r in scored if "margin" in r]
+        right = {kind: [r["scores"]["direct"][kind] for r in told] for kind in ("name", "call")}
         out |= {"always_first": 100 * mean([r["scores"]["first"] for r in scored]), "difference": 100 * mean(change),
                 "interval": [100 * q for q in interval(change)], "wins": change.count(1), "losses": change.count(-1),
-                "auroc": {kind: auroc(*zip(*((r["margin"], r["scores"]["direct"][kind]) for r in scored if "margin" in r)))
-                          for kind in ("name", "call") if any("margin" in r for r in scored)}}
+                "auroc": {kind: auroc([r["margin"] for r in told], right[kind]) for kind in right}}
     return out
 
 def table(s, cfg):
     """The summary for people."""
     forms = {"name": ".1f", "call": ".1f", "seconds": ".3f", "tokens": ".0f"}
-    times = lambda side, unit: f' ({side[unit] / s["direct"][unit]:.1f}x)' if s["direct"].get(unit) else ""
-    change = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"]), s["wins"], s["losses"]] if (
-        s["labelled"]) else [""] * 3
-    lines = [["", "name", "call", "difference [95 %]", "wins", "losses", "adapted", "s/sample", "tokens/sample"]]
-    for label, side, more in (("always first", {"name": s.get("always_first")}, [""] * 4), ("direct", s["direct"], [""] * 4),
-                              ("TT-ICL" if cfg.method == "icl" else "TT-SI", s["ttsi"], [*change, f'{s["adapted"]}/{s["n"]}'])):
-        cells = [f"{side[k]:{f}}" + times(side, k) * (k in s["cost"]) if side.get(k) is not None else "" for k, f in forms.items()]
-        lines += [[label, *cells[:2], *more, *cells[2:]]]
-    lines = ["{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format(*line) for line in lines] + [""]
-    lines += [f"{u} per sample: " + ", ".join(f"{stage} {n:{forms[u]}}" for stage, n in c.items()) for u, c in s["cost"].items()]
+    line, direct = "{:12}  {:>5}  {:>5}  {:>19}  {:>4}  {:>6}  {:>8}  {:>15}  {:>14}".format, s["direct"]
+    times = lambda side, k: f" ({side[k] / direct[k]:.1f}x)" if k in s["cost"] and direct.get(k) else ""
+    change = [""] * 3 if not s["labelled"] else [
+        "{:+.1f} [{:+.1f}, {:+.1f}]".format(s["difference"], *s["interval"]), s["wins"], s["losses"]]
+    sides = {"always first": ({"name": s.get("always_first")}, [""] * 4), "direct": (direct, [""] * 4),
+             "TT-ICL" if cfg.method == "icl" else "TT-SI": (s["ttsi"], [*change, f'{s["adapted"]}/{s["n"]}'])}
+    lines = [line("", "name", "call", "difference [95 %]", "wins", "losses", "adapted", "s/sample", "tokens/sample")]
+    for label, (side, more) in sides.items():
+        cells = ["" if side.get(k) is None else f"{side[k]:{form}}" + times(side, k) for k, form in forms.items()]
+        lines.append(line(label, *cells[:2], *more, *cells[2:]))
+    lines += ["", *(f"{unit} per sample: " + ", ".join(f"{stage} {n:{forms[unit]}}" for stage, n in cost.items())
+                    for unit, cost in s["cost"].items())]
     lines += [", ".join(f"{n} drafts: {verdict}" for verdict, n in s["verdicts"].items()) or "no drafts"]
     lines += [f'{s["one_candidate"]} samples offer one tool only: no runner-up, margin 1'] * (s["one_candidate"] > 0)
     lines += [f"not answered, counted as wrong: {i}: {error}" for i, error in s["failed"].items()]
@@ -677,17 +658,18 @@ def trace(tok, x, row, sample, cfg):
     show("H: how likely is each tool on offer?", *bars(x.get("logp", [])), row["error"] or row["decision"])
     if "drafts" in row:
         prompt, head = render(tok, x["system"], DRAFT + x["request"])
-        show("G: the prompt, after the same tools; the drafts", prompt[head:], *(
-            f'{d["text"]}\n  -> {d["verdict"]}' for d in row["drafts"]))
+        drafts = [f'{d["text"]}\n  -> {d["verdict"]}' for d in row["drafts"]]
+        show("G: the prompt, after the same tools; the drafts", prompt[head:], *drafts)
     if "adapted" in row:
-        show(f"T: a temporary LoRA of rank {cfg.lora_rank}, trained on" if "loss" in row else "Shown before the request",
-             *(f'{pair["request"]}\n  -> {dumps(pair["call"])}' for pair in row["pairs"]),
-             *(f"step {step}: loss {loss}" for step, loss in enumerate(row.get("loss", []), 1)), *bars(x.get("after", [])))
+        use = f"T: a temporary LoRA of rank {cfg.lora_rank}, trained on"
+        pairs = [f'{pair["request"]}\n  -> {dumps(pair["call"])}' for pair in row["pairs"]]
+        steps = [f"step {step}: loss {loss}" for step, loss in enumerate(row.get("loss", []), 1)]
+        show(use if "loss" in row else "Shown before the request", *pairs, *steps, *bars(x.get("after", [])))
     show("The answer; then everything is reset", f'before: {row.get("direct")}', f'after:  {row["answer"]}')
     if "call" in sample:
-        before, after = (("wrong", "right tool, wrong arguments", "right")[sum(row["scores"][side].values())]
-                         for side in ("direct", "ttsi"))
-        show("The label, which nothing above has seen", dumps(sample["call"]), f"before: {before}", f"after:  {after}")
+        grades = [sum(row["scores"][side].values()) for side in ("direct", "ttsi")]
+        was, now = (("wrong", "right tool, wrong arguments", "right")[grade] for grade in grades)
+        show("The label, which nothing above has seen", dumps(sample["call"]), f"before: {was}", f"after:  {now}")
 
 # ---------------------------------------------------------------------------------------------- running
 def load(cfg, flag="model"):
@@ -698,15 +680,14 @@ def load(cfg, flag="model"):
     try:
         tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype, dtype), trust_remote_code=False, use_safetensors=True)
-        model = model.to(device).eval().requires_grad_(False)
+            name, dtype=getattr(torch, dtype, dtype), trust_remote_code=False, use_safetensors=True).to(device)
     except Exception as e:  # whatever goes wrong in there is about this model or device
         raise InputError(f"--{flag} {name}: cannot be loaded on {device}: {' '.join(str(e).split())[:200]};"
                          " give a folder or hub name of a causal language model in safetensors") from e
     need(tok.is_fast and linear_layers(model), f"--{flag} {name}: needs a fast tokenizer and linear layers")
-    need(all(type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer") for layer in transformers.DynamicCache(config=model.config).layers),
+    need({type(layer) for layer in DynamicCache(config=model.config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer},
          f"--{flag} {name}: its cache is no plain key/value cache (linear attention, state space); not supported")
-    return model, tok
+    return model.eval().requires_grad_(False), tok
 
 def resume(cfg, settings, samples, size):
     """Opens cfg.output -> (file, its summary's path, rows of whole batches so far). A torn batch is done again."""
@@ -747,9 +728,9 @@ def run(cfg):
     out, beside, rows = resume(cfg, settings, samples, size) if cfg.output else (None, None, [])
     model, tok = load(cfg)
     teacher = load(cfg, "teacher") if cfg.teacher else None
-    sizes = [sum(p.numel() for p in fresh(layer, [torch.Generator()], cfg)) for layer in linear_layers(model)]
+    lora = [sum(p.numel() for p in fresh(layer, [torch.Generator()], cfg)) for layer in linear_layers(model)]
     print(f"{len(samples)} samples of {os.path.relpath(cfg.data)}; {os.path.relpath(cfg.model)}, {model.dtype} on"
-          f" {model.device}: {model.num_parameters():,} parameters, an adapter {sum(sizes):,} on {len(sizes)} layers\n")
+          f" {model.device}: {model.num_parameters():,} parameters, an adapter {sum(lora):,} on {len(lora)} layers\n")
     batches, memory = [samples[i:i + size] for i in range(len(rows), len(samples), size)], []
     for batch in tqdm(batches, unit="batch", disable=bool(cfg.trace)):
         xs = tt_si(model, tok, batch, cfg, pairs, teacher, memory)
@@ -759,8 +740,9 @@ def run(cfg):
         if out:
             print(*map(dumps, rows[-len(batch):]), sep="\n", file=out, flush=True)
             os.fsync(out.fileno())
-    summary = summarise(rows) | {"every_tau": every_tau(rows) if cfg.select == "all" else [], "config": settings, "versions": {
-        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}}
+    versions = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, transformers)}
+    summary = summarise(rows) | {"config": settings, "versions": versions}
+    summary |= {"every_tau": every_tau(rows)} if cfg.select == "all" else {}
     if out:
         out.close()
         beside.write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -770,22 +752,20 @@ def run(cfg):
 
 def parse_flags(argv):
     """-> Config; - and _ are one in a flag's name."""
-    parser = argparse.ArgumentParser("ttsi.py", description=__doc__, epilog=f"--paper stands for {PAPER}; give more to "
-        "depart from it", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "ttsi.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"--paper stands for {PAPER}; give more to depart from it")
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
-    for f in dataclasses.fields(Config):
-        text, allowed = f.metadata["help"].replace("%", "%%"), f.metadata["allowed"]
-        how = {"action": argparse.BooleanOptionalAction} if f.type is bool else {
-            "type": f.type, "choices": allowed if isinstance(allowed, tuple) else None}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how,
-                            help=text + ("" if f.default == "" else " (default: %(default)s)"))
+    dashed = lambda text: re.sub(r"^[^=]*", lambda name: name[0].replace("_", "-"), text)
+    fields = {"--" + dashed(f.name): f for f in dataclasses.fields(Config)}
+    for name, f in fields.items():
+        parser.add_argument(name, default=f.default, **f.metadata["argparse"])
     argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
-    flags = vars(parser.parse_args([re.sub(r"^--[^=]*", lambda m: m[0].replace("_", "-"), a) for a in argv]))
-    for f in dataclasses.fields(Config):
-        least, value = f.metadata["allowed"], flags[f.name]
-        need(isinstance(least, tuple) or least is None or least <= value < math.inf,
-             f"--{f.name.replace('_', '-')} {value}: must be a number of at least {least}")
-    return Config(**flags)
+    cfg = Config(**vars(parser.parse_args([dashed(a) if a.startswith("--") else a for a in argv])))
+    for name, f in fields.items():
+        least, value = f.metadata["least"], getattr(cfg, f.name)
+        need(least is None or least <= value < math.inf, f"{name} {value}: must be a number of at least {least}")
+    return cfg
 
 def main(argv=None):
     """The command line -> the summary, as a dict. Raises InputError, whose text is for the user."""

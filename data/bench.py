@@ -92,7 +92,7 @@ class Bench:
         cfg, generate, judge = dataclasses.replace(self.cfg, **changes), ttsi.generate, ttsi.judge
         longer = dataclasses.replace(cfg, max_new_tokens=DRAFT)
         ttsi.generate = lambda model, tok, xs, past, _: generate(model, tok, xs, past, longer)
-        ttsi.judge = lambda tok, draft, text, *_: {"text": text, "verdict": "kept", "pair": PAIR}
+        ttsi.judge = lambda text, *_: {"text": text, "verdict": "kept", "pair": PAIR}
         try:
             rows = ttsi.tt_si(self.model, self.tok, samples or self.samples, cfg, memory=memory)
         finally:
@@ -116,8 +116,7 @@ class Bench:
 
     @torch.no_grad()
     def score_whole(self):
-        rows, begin = zip(*(c for x in self.xs for c in x["candidates"]))
-        return ttsi.token_logprobs(self.model, rows, [len(r) - b for r, b in zip(rows, begin)])
+        return ttsi.logprob(self.model, [span for x in self.xs for span in x["candidates"]])
 
     def train(self, adapt, epochs):
         past = self.tools if adapt == "suffix" else None

@@ -21,9 +21,9 @@ import json
 import math
 import os
 import re
+import shlex
 import statistics
 import sys
-from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -45,17 +45,19 @@ class Lab:
     stale; one below it per version of a function that takes the place of another (`patched`)."""
 
     def __init__(self, args):
-        self.args, self.limit = args, args.limit
-        digest = hashlib.sha256((HERE.parent / "ttsi.py").read_bytes())
-        for file in (*sorted(Path(args.model).glob("*.safetensors")), Path(args.data)):
+        self.args, self.limit, self.loaded = args, args.limit, None
+        digest = hashlib.sha256((HERE.parent / "ttsi.py").read_bytes() + (HERE / "world.py").read_bytes())
+        models = [file for folder in (args.model, args.teacher) if folder for file in sorted(Path(folder).glob("*.*"))]
+        for file in (*models, Path(args.data)):
             digest.update(file.read_bytes())
         self.runs = HERE.parent / "runs" / digest.hexdigest()[:12]
         self.runs.mkdir(parents=True, exist_ok=True)
-        self.loaded, self.embedded = None, args.model == ttsi.Config.model
+        self.embedded = args.model == ttsi.Config.model and Path(args.data).resolve().parent == HERE
 
     def config(self, seed, flags=""):
         return ttsi.parse_flags(["--model", self.args.model, "--data", self.args.data, "--seed", str(seed),
-                                 *(["--limit", str(self.limit)] if self.limit else []), *flags.split()])
+                                 *(["--limit", str(self.limit)] if self.limit else []), *shlex.split(self.args.flags),
+                                 *shlex.split(flags)])
 
     def path(self, seed, flags=""):
         """`python ttsi.py --seed SEED FLAGS`, unless it was run before, on these items or on all -> file of its rows."""
@@ -74,11 +76,16 @@ class Lab:
     def run(self, seed, flags=""):
         return [json.loads(line) for line in open(self.path(seed, flags), encoding="utf-8")][:self.limit or None]
 
-    def pairs(self, seed, name, pairs):
-        """A file for --pairs out of {id: pairs} -> its path."""
-        path = self.runs / f"pairs-{Path(self.args.data).stem}-{name}-{seed}-{self.limit}.jsonl"
-        path.write_text("".join(json.dumps({"id": i, "pairs": p}) + "\n" for i, p in pairs.items()), encoding="utf-8")
-        return path
+    def file(self, records):
+        """Records in a file of their own, named by what is in it -> its path, quoted."""
+        text = "".join(json.dumps(r) + "\n" for r in records)
+        path = self.runs / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        path.write_text(text, encoding="utf-8")
+        return shlex.quote(str(path))
+
+    def pairs(self, pairs):
+        """{id: pairs} -> the flag that trains on them"""
+        return f"--pairs {self.file({'id': i, 'pairs': p} for i, p in pairs.items())}"
 
     def samples(self, cfg):
         return list(ttsi.read_jsonl(cfg.data, ttsi.to_sample).values())[:cfg.limit or None]
@@ -91,10 +98,11 @@ class Lab:
 
 
 def kept(f):
-    """What f(lab, ...) gives is kept beside the runs, under its source and its arguments."""
+    """What f(lab, ...) gives is kept beside the runs, under its arguments and all that stands in this file before tables."""
     @functools.wraps(f)
     def once(lab, *args):
-        key = json.dumps([inspect.getsource(f), lab.args.data, lab.limit, args])
+        source = Path(__file__).read_text(encoding="utf-8").partition("- tables")[0]
+        key = json.dumps([source, lab.args.data, lab.args.flags, lab.limit, args])
         path = lab.runs / f"{f.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if not path.exists():
             print(f"{f.__name__} {args}", file=sys.stderr, flush=True)
@@ -162,19 +170,32 @@ def a_random_subset(lab, seed):
 
 
 def within_budget(lab, seed, share):
-    """Tau without labels: the quantile of the margins below which this share of the samples lies."""
-    rows = lab.run(seed, "--select all")
-    return uncertain(rows, sorted(map(margin, rows))[int(share * len(rows))])
+    """Tau without labels: the quantile of the margins of other samples, dev's, below which this share of them lies."""
+    others = f"--data {shlex.quote(str(HERE / 'dev.jsonl'))} --limit 0" if lab.embedded else ""
+    margins = sorted(map(margin, map(json.loads, open(lab.path(seed, f"--method direct {others}"), encoding="utf-8"))))
+    return uncertain(lab.run(seed, "--select all"), margins[int(share * len(margins))])
 
 
 # ------------------------------------------------------------------------------------------------- other pairs
+
+
+def priced(rows, written):
+    """Rows of a run on pairs from a file, with the cost of writing these: that of the run which wrote them."""
+    generate = {w["id"]: {"generate": w["cost"]["generate"]} for w in written if "generate" in w["cost"]}
+    return [row | {"cost": row["cost"] | generate.get(row["id"], {})} for row in rows]
+
+
+def shown(lab, seed):
+    """TT-ICL: the pairs of the default run stand in the prompt, nothing is trained."""
+    written = lab.run(seed)
+    return priced(lab.run(seed, f"--method icl {lab.pairs({w['id']: w.get('pairs', []) for w in written})}"), written)
 
 
 def others_pairs(lab, seed):
     """Every sample is adapted to the pairs that were written for the next one."""
     written = lab.run(seed, "--select all")
     moved = {row["id"]: after.get("pairs", []) for row, after in zip(written, written[1:] + written[:1])}
-    return lab.run(seed, f"--select all --no-check --pairs {lab.pairs(seed, 'others', moved)}")
+    return priced(lab.run(seed, f"--select all --no-check {lab.pairs(moved)}"), written)
 
 
 def the_item_itself(lab, seed):
@@ -183,7 +204,7 @@ def the_item_itself(lab, seed):
         return [[{"text": "", "verdict": "the label", "pair": pair} for pair in pairs[x["id"]]] for x in xs]
     own = {s["id"]: [{"request": ttsi.user_text(s["messages"]), "call": s["call"]}] for s in lab.samples(lab.config(seed))}
     with patched(lab, supplied=supplied) as elsewhere:
-        return elsewhere.run(seed, f"--pairs {lab.pairs(seed, 'itself', own)}")
+        return elsewhere.run(seed, f"--select all {lab.pairs(own)}")
 
 
 @ttsi.metered
@@ -211,14 +232,15 @@ def round_trip(lab, seed, agree):
         for x, texts in zip(xs, read_back(model, tok, xs, tools, cfg)):
             mine = [d["pair"] for d in x["drafts"] if d["pair"]]
             pairs[x["id"]] = [p for p, text in zip(mine, texts) if ttsi.grade(text, {"call": p["call"]})["call"] == agree]
-            cost[x["id"]] = {"generate": rows[x["id"]]["cost"]["generate"], "read_back": x["cost"].get("read_back", (0, 0))}
-    trained = lab.run(seed, f"--pairs {lab.pairs(seed, f'round-trip-{agree}', pairs)}")
+            cost[x["id"]] = {"read_back": x["cost"].get("read_back", (0, 0))}
+    trained = priced(lab.run(seed, lab.pairs(pairs)), rows.values())
     return [row | {"cost": row["cost"] | cost.get(row["id"], {})} for row in trained]
 
 
 @kept
 def stream(lab, seed, lr):
-    """One adapter for all, never reset: it scores, is trained where it is uncertain, and answers."""
+    """One adapter for all, in the file's order, never reset: it scores, is trained where it is uncertain, and answers. The
+    pairs are those that the base model wrote. One sample at a time, so its seconds are not those of a batch."""
     written, cfg = {row["id"]: row for row in lab.run(seed, "--select all")}, lab.config(seed, f"--lr {lr}")
     model, tok, _ = lab.batches(cfg)
     kept_theta, out = None, []
@@ -242,13 +264,14 @@ def stream(lab, seed, lr):
     return out
 
 
-def dose(lab, seed, shift):
-    """The same run on items of which this share is shifted."""
+def dose(lab, seed, shift, flags=""):
+    """The default run on a mixture: this share of the items is shifted, in one and the same random order, the others are
+    unshifted ones in their places. Samples do not touch each other, so rows of two runs can be mixed."""
     embedded_only(lab)
-    split, n = Path(lab.args.data).stem, min(250, world.FILES[Path(lab.args.data).stem])
-    path = lab.runs / f"{split}-shift-{shift}.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in world.records(split, n, shift / 100, 0)), encoding="utf-8")
-    return lab.run(seed, f"--data {path}")
+    split, shifted = Path(lab.args.data).stem, lab.run(seed, flags)
+    plain = lab.run(seed, f"{flags} --limit 0 --data {lab.file(world.records(split, len(shifted), 0, 0))}")
+    order = torch.randperm(len(shifted), generator=ttsi.draw("dose")).tolist()
+    return [(shifted if order[i] < shift / 100 * len(shifted) else plain)[i] for i in range(len(shifted))]
 
 
 def embedded_only(lab):
@@ -259,7 +282,7 @@ def embedded_only(lab):
 def teacher(lab, seed, flags=""):
     if not lab.args.teacher:
         raise Skip("give --teacher MODEL")
-    return lab.run(seed, f"--teacher {lab.args.teacher} {flags}")
+    return lab.run(seed, f"--teacher {shlex.quote(lab.args.teacher)} {flags}")
 
 
 # ---------------------------------------------------------------------------------------- baselines, without pairs
@@ -272,23 +295,27 @@ def instead(row, sample, text, **stages):
     return row | {"adapted": text, "trained": False, "cost": cost, "scores": row["scores"] | {"ttsi": ttsi.grade(text, sample)}}
 
 
+@ttsi.metered
+def forced(model, tok, xs, past, cfg, names):
+    """-> for each sample, the answer that the base model gives once the tool's name is written."""
+    rows = [x["candidates"][x["names"].index(name)][0] for x, name in zip(xs, names)]
+    return ttsi.decode(model, tok, rows, [len(x["ids"]) for x in xs], cfg.max_new_tokens, past)
+
+
+@kept
 def nearest(lab, seed, flags=""):
     """No training: the tool of the draft closest to the request; the base model fills in the arguments."""
-    rows, cfg = lab.run(seed, flags), lab.config(seed, flags)
-    written, out = {row["id"]: row for row in rows}, {}
+    cfg, out = lab.config(seed, flags), {row["id"]: row for row in lab.run(seed, flags)}
     model, tok, batches = lab.batches(cfg)
     for samples in batches:
-        xs, _, asked = start(model, tok, samples, cfg)
-        xs = [x for x in xs if written[x["id"]].get("pairs")]
-        names = [written[x["id"]]["pairs"][0]["call"]["name"] for x in xs]
-        forced = [x["candidates"][x["names"].index(name)][0] for x, name in zip(xs, names)]
-        texts = ttsi.decode(model, tok, forced, [len(x["ids"]) for x in xs], cfg.max_new_tokens, asked) if xs else []
         label = {s["id"]: s for s in samples}
-        for x, text in zip(xs, texts):
-            row = written[x["id"]]
-            row["scores"]["ttsi"] = ttsi.grade(text, label[x["id"]])
-            row["cost"].pop("train", None)
-    return rows
+        xs, _, asked = start(model, tok, samples, cfg)
+        xs = [x for x in xs if out[x["id"]].get("pairs")]
+        names = [out[x["id"]]["pairs"][0]["call"]["name"] for x in xs]
+        for x, text in zip(xs, forced(model, tok, xs, asked, cfg, names)):
+            spent = {stage: out[x["id"]]["cost"][stage] for stage in ("score", "generate")} | {"answer": x["cost"]["forced"]}
+            out[x["id"]] = instead(out[x["id"]], label[x["id"]], text, **spent)
+    return list(out.values())
 
 
 @ttsi.metered
@@ -322,38 +349,39 @@ def call_of(text):
     return json.dumps([call["name"], ttsi.canonical(call["arguments"])], sort_keys=True) if ttsi.fits(call, ttsi.CALL) else None
 
 
-def majority(lab, seed, temperature):
+def chosen_by(choose):
+    """-> rows of a seed, each answered with the one of its sampled texts that is chosen by (texts, sample)."""
+    def rows(lab, seed, temperature):
+        drawn, out = sampled(lab, seed, temperature), lab.run(seed, "--method direct")
+        for i, (row, sample) in enumerate(zip(out, lab.samples(lab.config(seed)))):
+            if row["id"] in drawn:
+                out[i] = instead(row, sample, choose(drawn[row["id"]]["texts"], sample), votes=drawn[row["id"]]["cost"])
+        return out
+    return rows
+
+
+def most_frequent(texts, sample):
     """The call that most of the sampled answers make; among equals the one that came first; without any, no answer."""
-    rows, drawn = lab.run(seed, "--method direct"), sampled(lab, seed, temperature)
-    for i, (row, sample) in enumerate(zip(rows, lab.samples(lab.config(seed)))):
-        if row["id"] in drawn:
-            texts = [t for t in drawn[row["id"]]["texts"] if call_of(t)]
-            count = Counter(map(call_of, texts))  # max takes the first of several
-            best = max(texts, key=lambda t: count[call_of(t)], default="")
-            rows[i] = instead(row, sample, best, votes=drawn[row["id"]]["cost"])
-    return rows
+    calls = [call_of(text) for text in texts]
+    return max((t for t, c in zip(texts, calls) if c), key=lambda t: calls.count(call_of(t)), default="")
 
 
-def any_of(lab, seed, temperature):
-    """NOT a method: is any of the sampled answers right? Who chooses among them would need the label."""
-    rows, drawn = lab.run(seed, "--method direct"), sampled(lab, seed, temperature)
-    for i, (row, sample) in enumerate(zip(rows, lab.samples(lab.config(seed)))):
-        if row["id"] in drawn:
-            texts = drawn[row["id"]]["texts"]
-            best = max(texts, key=lambda t: sum(ttsi.grade(t, sample).values()))
-            rows[i] = instead(row, sample, best, votes=drawn[row["id"]]["cost"])
-    return rows
+def best_graded(texts, sample):
+    """NOT a method: a right one if there is any. Who chooses it needs the label."""
+    return max(texts, key=lambda text: sum(ttsi.grade(text, sample).values()))
+
+
+majority, any_of = chosen_by(most_frequent), chosen_by(best_graded)
 
 
 @ttsi.metered
 def sft_step(model, tok, xs, theta, optimizer, batch, cfg):
     """One step of the one adapter on labelled samples: the loss is the mean over them of the mean over their answer."""
     examples = [ttsi.prepare(model, tok, sample, cfg) for sample in batch]
-    rows, begin = zip(*(ttsi.pair_tokens(tok, x, {"request": x["request"], "call": s["call"]})
-                        for x, s in zip(examples, batch)))
-    n = torch.tensor([len(row) - b for row, b in zip(rows, begin)])
+    spans = [ttsi.pair_tokens(tok, x, {"request": x["request"], "call": s["call"]}) for x, s in zip(examples, batch)]
+    n = torch.tensor([len(ids) - begin for ids, begin in spans], device=model.device)
     with torch.enable_grad():
-        loss = -(ttsi.token_logprobs(model, rows, n.tolist()).sum(1) / n.to(model.device)).mean()
+        loss = -(ttsi.logprob(model, spans) / n).mean()
         for p, g in zip(theta, torch.autograd.grad(loss, theta)):
             p.grad = g
     optimizer.step()
@@ -365,7 +393,7 @@ def sft(lab, seed, shift, n, lr):
     """Supervised fine-tuning: ONE adapter, trained on n labelled training items, all of them shifted or none, and kept
     for every sample. AdamW, batches of 16, cosine; 10 epochs on up to 100 items, 3 on up to 1,000, else 1."""
     embedded_only(lab)
-    cfg, size, n = lab.config(seed, "--adapt full"), 16, 16 if lab.args.quick else n
+    cfg, size = lab.config(seed, "--adapt full"), 16
     with gzip.open(HERE / "train.jsonl.gz", "rt", encoding="utf-8") as f:
         records = world.records("train", n, 1, 0) if shift else (json.loads(line) for _, line in zip(range(n), f))
         items = [ttsi.to_sample(r) for r in records]
@@ -387,7 +415,7 @@ def sft(lab, seed, shift, n, lr):
 
 
 def fine_tuned(lab, seed, shift, n, lr):
-    rows, trained = lab.run(seed, "--method direct"), sft(lab, seed, shift, n, lr)
+    rows, trained = lab.run(seed, "--method direct"), sft(lab, seed, shift, 16 if lab.args.quick else n, lr)
     for i, (row, sample) in enumerate(zip(rows, lab.samples(lab.config(seed)))):
         if row["id"] in trained["answers"]:
             text, cost = trained["answers"][row["id"]]
@@ -413,10 +441,9 @@ def mean_normalised(lab, seed):
 
 def logprobs(model, tok, xs, texts, past):
     """-> for each sample [(log-probability, tokens) of each of its texts after the prompt]"""
-    rows = [ttsi.encode(tok, x["prompt"] + text + tok.eos_token, len(x["prompt"])) for x, ts in zip(xs, texts) for text in ts]
-    n = [len(ids) - begin for ids, begin in rows]
+    spans = [ttsi.encode(tok, x["prompt"] + text + (tok.eos_token or ""), len(x["prompt"])) for x, ts in zip(xs, texts) for text in ts]
     with torch.no_grad():
-        flat = iter(list(zip(ttsi.token_logprobs(model, [ids for ids, _ in rows], n, past).sum(1).tolist(), n)))
+        flat = zip(ttsi.logprob(model, spans, past).tolist(), [len(ids) - begin for ids, begin in spans])
     return [[next(flat) for _ in ts] for ts in texts]
 
 
@@ -453,9 +480,9 @@ def clipped(lab, seed, lr):
         norm = sum(p.grad.flatten(1).square().sum(1) for p in theta).sqrt()
         for p in theta:
             p -= lr * p.grad / norm.clamp(min=1).view(-1, *[1] * (p.dim() - 1))
-    pairs = lab.path(seed, "--drafts 1")
+    pairs = pairs_of(lab, seed)
     with patched(lab, sgd=sgd) as elsewhere:
-        return elsewhere.run(seed, f"--lr {lr} --pairs {pairs}")
+        return elsewhere.run(seed, f"--lr {lr} {pairs}")
 
 
 def reshuffled(lab, seed):
@@ -463,9 +490,9 @@ def reshuffled(lab, seed):
     def pair_tokens(tok, x, pair):
         order = torch.randperm(len(x["tools"]), generator=ttsi.draw(seed, x["id"], "reshuffled", pair["request"]))
         return ours(tok, x | {"system": ttsi.system_text([x["tools"][i] for i in order])}, pair)
-    pairs, ours = lab.path(seed), ttsi.pair_tokens
+    pairs, ours = pairs_of(lab, seed, ""), ttsi.pair_tokens
     with patched(lab, pair_tokens=pair_tokens) as elsewhere:
-        return elsewhere.run(seed, f"--adapt full --pairs {pairs}")
+        return elsewhere.run(seed, f"--adapt full {pairs}")
 
 
 def against(rows, other):
@@ -484,7 +511,7 @@ def flagged(*rows):
 
 
 def pairs_of(lab, s, flags="--drafts 1"):
-    return f"--pairs {lab.path(s, flags)}"
+    return f"--pairs {shlex.quote(lab.path(s, flags))}"
 
 
 GROUPS = {  # group -> (seeds, items, [(label, what the README calls a command, rows of a seed)])
@@ -494,16 +521,23 @@ GROUPS = {  # group -> (seeds, items, [(label, what the README calls a command, 
         ("TT-D: first accepted draft of the teacher", "--teacher data/teacher --drafts 1",
          lambda lab, s: teacher(lab, s, "--drafts 1")),
         ("TT-D: closest of 4", "--teacher data/teacher", teacher),
+        ("TT-D against TT-SI, first accepted drafts", "`against`",
+         lambda lab, s: against(teacher(lab, s, "--drafts 1"), lab.run(s, "--drafts 1"))),
         ("nearest draft: its tool, no training", "`nearest`", lambda lab, s: nearest(lab, s))]),
     "baselines": (2, 250, [
         ("TT-SI (the default)", "--drafts 4", lambda lab, s: lab.run(s)),
         ("majority vote over 5 sampled calls", "`majority`", lambda lab, s: majority(lab, s, VOTE_T)),
         ("pass@5: needs the label", "`any_of`", lambda lab, s: any_of(lab, s, VOTE_T)),
-        ("the pairs in the prompt, no training (TT-ICL)", "--method icl", lambda lab, s: lab.run(s, f"--method icl {pairs_of(lab, s, '')}")),
+        ("the pairs in the prompt, no training (TT-ICL)", "--method icl", shown),
         ("SFT, 13,000 items without the shift", "`fine_tuned`", lambda lab, s: fine_tuned(lab, s, False, 13000, SFT_LR)),
         ("SFT, 100 shifted items", "`fine_tuned`", lambda lab, s: fine_tuned(lab, s, True, 100, SFT_LR)),
         ("SFT, 1,000 shifted items", "`fine_tuned`", lambda lab, s: fine_tuned(lab, s, True, 1000, SFT_LR)),
-        ("SFT, 13,000 shifted items", "`fine_tuned`", lambda lab, s: fine_tuned(lab, s, True, 13000, SFT_LR))]),
+        ("SFT, 13,000 shifted items", "`fine_tuned`", lambda lab, s: fine_tuned(lab, s, True, 13000, SFT_LR)),
+        ("TT-SI against the vote", "`against`", lambda lab, s: against(lab.run(s), majority(lab, s, VOTE_T))),
+        ("TT-SI against SFT without the shift", "`against`",
+         lambda lab, s: against(lab.run(s), fine_tuned(lab, s, False, 13000, SFT_LR))),
+        ("TT-SI against SFT on 100 shifted items", "`against`",
+         lambda lab, s: against(lab.run(s), fine_tuned(lab, s, True, 100, SFT_LR)))]),
     "controls": (2, 250, [
         ("TT-SI (the default)", "--drafts 4", lambda lab, s: lab.run(s)),
         ("adapt all", "--select all", lambda lab, s: lab.run(s, "--select all")),
@@ -511,11 +545,16 @@ GROUPS = {  # group -> (seeds, items, [(label, what the README calls a command, 
         ("a random subset of the same size", "`a_random_subset`", a_random_subset),
         ("another item's pairs", "`others_pairs`", lambda lab, s: uncertain(others_pairs(lab, s))),
         ("another item's pairs, adapt all", "`others_pairs`", others_pairs),
-        ("the item itself, label included: an upper bound", "`the_item_itself`", the_item_itself),
+        ("adapt all against adapt the uncertain", "`against`",
+         lambda lab, s: against(lab.run(s, "--select all"), uncertain(lab.run(s, "--select all")))),
+        ("a random subset against the uncertain", "`against`",
+         lambda lab, s: against(a_random_subset(lab, s), uncertain(lab.run(s, "--select all")))),
+        ("the item itself, label included, adapt all: an upper bound", "`the_item_itself`", the_item_itself),
         ("nearest draft: its tool, no training, all", "`nearest`", lambda lab, s: nearest(lab, s, "--select all")),
         *flagged(("tools in the file's order", "--no-shuffle"), ("the paper's settings", "--paper"))]),
     "dose": (2, 250, [(f"{shift} % shifted", f"`dose`, {shift} %", lambda lab, s, shift=shift: dose(lab, s, shift))
-                      for shift in (0, 30, 60, 100)]),
+                      for shift in (0, 30, 60, 100)] + [
+        ("0 % shifted, adapt all", "`dose`, 0 %, --select all", lambda lab, s: dose(lab, s, 0, "--select all"))]),
     "beyond": (2, 250, [
         *flagged(*((f"K = {k}, of {k} drafts", f"--k {k} --drafts {k}") for k in (1, 2, 4, 8)),
                  *((f"closest of {n} drafts", f"--drafts {n}") for n in (2, 4, 8, 16)),
@@ -523,8 +562,8 @@ GROUPS = {  # group -> (seeds, items, [(label, what the README calls a command, 
         ("round trip: drafts that the model answers alike", "`round_trip`", lambda lab, s: round_trip(lab, s, True)),
         ("the opposite: drafts that it answers otherwise", "`round_trip`", lambda lab, s: round_trip(lab, s, False)),
         ("the adapter is kept, not reset", "`stream`", lambda lab, s: stream(lab, s, STREAM_LR)),
-        *((f"tau by budget: {share} % of the items", "`within_budget`",
-           lambda lab, s, share=share: within_budget(lab, s, share / 100)) for share in (20, 40))]),
+        *((f"tau by budget: {share} % of other items' margins below it", "`within_budget`",
+           lambda lab, s, share=share: within_budget(lab, s, share / 100)) for share in (20, 40, 60))]),
     "uncertainty": (2, 250, [
         ("margin of the names (the paper)", "--score sum", lambda lab, s: lab.run(s, "--select all")),
         ("the same, mean-normalised", "--score mean", judged_by(mean_normalised)),
@@ -595,8 +634,8 @@ def ranked(runs):
     """Rows of --select all -> what their "margin" is worth: AUROC, and accuracy if the least certain 60 % are adapted."""
     chosen = []
     for rows in runs:
-        bar = sorted(map(margin, rows))[int(.6 * len(rows))]
-        chosen.append(uncertain(rows, bar))
+        least = sorted(range(len(rows)), key=lambda i: margin(rows[i]))[:int(.6 * len(rows))]
+        chosen.append(gate(rows, [i in least for i in range(len(rows))]))
     return pooled(chosen) | {"every tau": [ttsi.every_tau(rows) for rows in runs]}
 
 
@@ -615,6 +654,9 @@ def markdown(lines):
     head = ["", "flags", "call", "difference [95 %]", "s.d.", "better / worse", "p", "adapted", "tokens"]
     head += ["labels", "tokens once", "seconds once", "tokens a query", "seconds a query"] * once
     text = ["| " + " | ".join(head).lstrip() + " |", "|---" * len(head) + "|"]
+    for r in list(lines.values())[:1]:
+        text += [f"| {label} | | {value} |" + " |" * (len(head) - 3) for label, value in (
+            ("always the first tool listed", f'{r["always first"]:.1f} (names)'), ("direct", f'{r["direct"]["call"]:.1f}')) if "always first" in r]
     for label, r in lines.items():
         sd, p = "" if r["sd"] is None else f'{r["sd"]:.1f}', "< 0.001" if r["p"] < .001 else f'{r["p"]:.3f}'
         before, each = r.get("once", {"labels": 0, "tokens": 0, "seconds": 0}), r["per query"] if "per query" in r else {}
@@ -637,29 +679,18 @@ def uncertainties(lines):
 def findings(found):
     """Results of all groups -> the shape of the paper's findings beside ours. The paper's: SealTool, 1.5 B parameters."""
     main, base, controls = found["main"], found["baselines"], found["controls"]
-    cell = lambda r: f'{difference(r)}, {r["seeds"]} seeds, {r["n"]} items'
-    ours, every, first = main["closest of 4 drafts (the default)"], controls["adapt all"], main["first accepted draft"]
-    agree = lambda yes: "as there" if yes else "**not as there**"
-    default = controls["TT-SI (the default)"]
+    verdict = lambda r: "as there" if r["interval"][0] > 0 else "**not as there**" if r["interval"][1] < 0 else "undecided"
     rows = [
-        ("TT-SI gains", "+5.5 (mean of four benchmarks)", f"first accepted draft {cell(first)}; the default {cell(ours)}",
-         agree(first["interval"][0] > 0)),
-        ("adapting all gains more than the uncertain alone", "+7.1 against +6.1", f'{cell(every)}, against {difference(default)}',
-         agree(every["difference"] > default["difference"])),
-        ("adapting the certain alone gains too", "+3.7", cell(controls["adapt only the certain"]),
-         agree(controls["adapt only the certain"]["interval"][0] > 0)),
-        ("a stronger teacher (TT-D) gains a little more", "+6.4 / +5.5 / +6.1 against +5.5", "first accepted draft "
-         + cell(main["TT-D: first accepted draft of the teacher"]) + f" against {difference(first)}",
-         agree(main["TT-D: first accepted draft of the teacher"]["difference"] > first["difference"])),
-        ("SFT on 13,000 items gains less", "+3.8", f'without the shift {cell(base["SFT, 13,000 items without the shift"])}; '
-         f'shifted {difference(base["SFT, 13,000 shifted items"])}', "without the shift "
-         + agree(base["SFT, 13,000 items without the shift"]["difference"] < base["TT-SI (the default)"]["difference"])
-         + "; with it " + agree(base["SFT, 13,000 shifted items"]["difference"] < base["TT-SI (the default)"]["difference"])),
-        ("a majority vote gains less", "+3.9", cell(base["majority vote over 5 sampled calls"]),
-         agree(base["majority vote over 5 sampled calls"]["difference"] < base["TT-SI (the default)"]["difference"])),
-        ("training on the item itself bounds it", "+12.5", cell(controls["the item itself, label included: an upper bound"]),
-         agree(controls["the item itself, label included: an upper bound"]["difference"] > every["difference"]))]
-    return "| finding | paper | here | shape |\n|---|---|---|---|\n" + "".join(f"| {' | '.join(r)} |\n" for r in rows)
+        ("TT-SI gains", "+6.1 (mean of four benchmarks +5.5)", main["first accepted draft"], "one accepted draft, as there"),
+        ("adapting all gains more than the uncertain alone", "+1.0", controls["adapt all against adapt the uncertain"], "the difference"),
+        ("adapting the certain alone gains too", "+3.7", controls["adapt only the certain"], "over direct answers"),
+        ("a stronger teacher gains more (TT-D)", "+0.9 (mean of four)", main["TT-D against TT-SI, first accepted drafts"], "the difference"),
+        ("TT-SI gains more than a majority vote", "+1.6 (mean of four)", base["TT-SI against the vote"], "the difference"),
+        ("TT-SI gains more than SFT on 13,000 items", "+2.2", base["TT-SI against SFT without the shift"],
+         "items without the shift: the embedded model answers these already, so that they teach nothing"),
+        ("", "", base["TT-SI against SFT on 100 shifted items"], "against SFT on **100** items with the shift")]
+    return "| finding | paper | here | what | shape |\n|---|---|---|---|---|\n" + "".join(
+        f"| {name} | {paper} | {difference(r)} | {what} | {verdict(r)} |\n" for name, paper, r, what in rows)
 
 
 # --------------------------------------------------------------------------------------------------------- figures
@@ -709,7 +740,8 @@ class Axes:
 def cost_figure(found):
     """Gain over cost, all methods: points over direct answers on the same items, tokens as a multiple of them."""
     points = [(group, label, r) for group in ("main", "baselines", "controls", "beyond") for label, r in found[group].items()
-              if not (group != "main" and label in ("TT-SI (the default)", "closest of 4 drafts", "K = 1, of 1 drafts"))]
+              if "against" not in label and not (
+                  group != "main" and label in ("TT-SI (the default)", "closest of 4 drafts", "K = 1, of 1 drafts"))]
     low = 10 * math.floor(min(r["interval"][0] for *_, r in points) / 10)
     high = 10 * math.ceil(max(r["interval"][1] for *_, r in points) / 10)
     doublings = math.ceil(math.log2(max(r["tokens"] for *_, r in points)))
@@ -744,7 +776,7 @@ def tau_figure(found):
 
 def dose_figure(found):
     """Accuracy over the share of items that are shifted, direct and with TT-SI."""
-    rows = [(int(label.split()[0]), r) for label, r in found["dose"].items()]
+    rows = [(int(label.split()[0]), r) for label, r in found["dose"].items() if label.endswith("shifted")]
     low = 10 * math.floor(min(r["direct"]["call"] for _, r in rows) / 10)
     a = Axes(60, 30, 400, 220, {x: f"{x} %" for x, _ in rows}, {v: str(v) for v in range(low, 101, 10)}, "share of shifted items",
              "call accuracy, %; bars: 95 % interval of the difference")
@@ -776,7 +808,7 @@ def results(stem, folder=HERE / "results"):
 
 def figures(stem, found):
     """Figures, and the table of findings, once all that they need is there -> {file name or group: text}"""
-    whole = {"main", "baselines", "controls", "dose", "beyond", "uncertainty"} <= found.keys()
+    whole = all(label in found.get(g, {}) for g, (*_, rows) in GROUPS.items() if g not in TUNING for label, *_ in rows)
     return {f"{stem}-{name}.svg": draw(found) for name, draw in FIGURES.items()} | {"findings": findings(found)} if whole else {}
 
 
@@ -786,23 +818,27 @@ def main(argv=None):
     p.add_argument("--model", default=ttsi.Config.model)
     p.add_argument("--data", default="", help="default: data/test.jsonl; with --quick data/dev.jsonl")
     p.add_argument("--teacher", default="", help="who writes the pairs of TT-D; the embedded model has data/teacher")
+    p.add_argument("--flags", default="", help="of ttsi.py, for every run: '--lr 1e-4 --optimizer adamw --dtype bfloat16'")
     p.add_argument("--only", default="", help="rows whose label or flags hold this text")
     p.add_argument("--seeds", type=int, default=0, help="0: 5 for the main table, 2 for the others")
     p.add_argument("--limit", type=int, default=0, help="only the first so many items; 0: all for the main table, else 250")
     p.add_argument("--quick", action="store_true", help="10 items, one seed, SFT on 16: under five minutes, nothing is published")
     args = p.parse_args(argv)
-    partial = args.limit or args.seeds or args.quick  # looked at, not published
+    partial = args.limit or args.seeds or args.quick or args.flags  # looked at, not published
     args.data = args.data or str(HERE / ("dev.jsonl" if args.quick else "test.jsonl"))
     if args.quick:
         args.limit, args.seeds = args.limit or 10, args.seeds or 1
+    args.teacher = args.teacher or (str(HERE / "teacher") if args.model == ttsi.Config.model else "")
     lab, stem = Lab(args), Path(args.data).stem
-    args.teacher = args.teacher or (str(HERE / "teacher") if lab.embedded else "")
+    ttsi.need(all("call" in sample for sample in lab.samples(lab.config(0))), f"{args.data}: not every sample has a label")
     for group in args.groups or [g for g in GROUPS if g not in TUNING]:
         seeds, items, lines = GROUPS[group]
         measure, show = SHOW.get(group, (pooled, markdown))
         lab.limit = args.limit or items
-        file = HERE / "results" / f"{stem}-{group}.json"
-        found = json.loads(file.read_text(encoding="utf-8")) if args.only and lab.embedded and file.exists() and not partial else {}
+        if not any(args.only in label + flags for label, flags, _ in lines):
+            continue
+        file = (HERE / "results" if lab.embedded and not partial else lab.runs) / f"{stem}-{group}.json"
+        found = json.loads(file.read_text(encoding="utf-8")) if args.only and file.exists() else {}
         for label, flags, rows in lines:
             if args.only in label + flags:
                 try:
@@ -811,10 +847,10 @@ def main(argv=None):
                 except Skip as e:
                     print(f"{label}: left out: {e}", flush=True)
         found = {label: found[label] for label, *_ in lines if label in found}
-        print(f"\n{show(found)}", flush=True)
+        print(f"\n{show(found)}\nthe numbers: {os.path.relpath(file)}", flush=True)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
         if lab.embedded and not partial:
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps(found, indent=1), encoding="utf-8")
             publish(stem, group, show(found))
     if lab.embedded and not partial:
         for name, text in figures(stem, results(stem)).items():
@@ -825,4 +861,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ttsi.InputError as e:
+        sys.exit(f"experiments: {e}")
