@@ -280,8 +280,8 @@ def logprob(model, spans, past=None):
 
 @torch.no_grad()
 def decode(model, tok, rows, start, limit, past=None, temperature=0.0, uniform=None):
-    """-> R texts, of row j from token start[j] to an end token, a closed JSON object or `limit`. Greedy, or uniform
-    (R, limit) in [0, 1) through the inverse of the cumulative distribution: a row's draws do not depend on others."""
+    """-> R texts, row j from token start[j] to an end token, a closed JSON object or `limit`; no generation_config.
+    Greedy, or by uniform (R, limit) and the inverse of the cumulative distribution: a row's draws are its own."""
     if windowed(model) and len(set(map(len, rows))) > 1:  # one by one, unpadded
         return [decode(model, tok, [row], [n], limit, past, temperature, u)[0]
                 for row, n, u in zip(rows, start, [None] * len(rows) if uniform is None else uniform[:, None])]
