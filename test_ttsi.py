@@ -712,6 +712,13 @@ def test_templates_that_think_or_tell_the_date(tok, template, end):
     assert text.endswith(end) and "SYSTEM" in text[:head] and ("2026" not in text or "01 January 2026" in text)
 
 
+@pytest.mark.parametrize("available,device", [(False, "cpu"), (True, "meta")])
+def test_a_build_for_an_accelerator_runs_without_one(monkeypatch, available, device):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("meta"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)
+    assert ttsi.load(ttsi.Config())[0].device.type == device
+
+
 def saved(model, tok, folder):
     model.save_pretrained(folder)
     tok.save_pretrained(folder)

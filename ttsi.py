@@ -87,6 +87,7 @@ def loads(text, decode=DECODER.decode):
     try:
         value = decode(text)
         dumps(value).encode()
+        canonical(value)  # some versions of python read deeper than code can walk
     except (ValueError, RecursionError) as e:
         raise InputError(f"not JSON, one object each: {e}") from None
     need(isinstance(value, dict), f"found a {type(value).__name__}")
@@ -675,7 +676,8 @@ def trace(tok, x, row, sample, cfg):
 def load(cfg, flag="model"):
     """-> (model, tokenizer), frozen; from safetensors only, without running code that comes with a model."""
     name = getattr(cfg, flag)
-    device = str(torch.accelerator.current_accelerator() or "cpu") if cfg.device == "auto" else cfg.device
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = str(found) if cfg.device == "auto" else cfg.device
     dtype = cfg.dtype if cfg.dtype != "auto" else "float32" if device == "cpu" else "auto"
     try:
         tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -681,7 +681,7 @@ def findings(found):
     main, base, controls = found["main"], found["baselines"], found["controls"]
     verdict = lambda r: "as there" if r["interval"][0] > 0 else "**not as there**" if r["interval"][1] < 0 else "undecided"
     rows = [
-        ("TT-SI gains", "+6.1 (mean of four benchmarks +5.5)", main["first accepted draft"], "one accepted draft, as there"),
+        ("TT-SI gains", "+6.1 (mean of four benchmarks +5.5)", main["first accepted draft"], "one accepted draft, over direct answers"),
         ("adapting all gains more than the uncertain alone", "+1.0", controls["adapt all against adapt the uncertain"], "the difference"),
         ("adapting the certain alone gains too", "+3.7", controls["adapt only the certain"], "over direct answers"),
         ("a stronger teacher gains more (TT-D)", "+0.9 (mean of four)", main["TT-D against TT-SI, first accepted drafts"], "the difference"),
