@@ -754,7 +754,7 @@ def cost_figure(found):
         a.dot(math.log2(max(1, r["tokens"])), r["difference"], *r["interval"], colour, str(i))
         a.body += [f'<circle cx="650" cy="{26 + 18 * i}" r="8" fill="{colour}"/>',
                    text_at(650, 30 + 18 * i, str(i), "middle", 'fill="white" font-size="10"'), text_at(664, 30 + 18 * i, label)]
-    return svg(980, 18 * len(points) + 80, a.body)
+    return svg(1060, 18 * len(points) + 80, a.body)
 
 
 def tau_figure(found):
