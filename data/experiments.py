@@ -651,16 +651,15 @@ def difference(r):
 def markdown(lines):
     """The numbers of a group -> its table. Beside what was trained once for all samples stands what that took."""
     once = any("once" in r for r in lines.values())
-    head = ["", "flags", "call", "difference [95 %]", "s.d.", "better / worse", "p", "adapted", "tokens"]
+    head = ["", "flags", "direct", "call", "difference [95 %]", "s.d.", "better / worse", "p", "adapted", "tokens"]
     head += ["labels", "tokens once", "seconds once", "tokens a query", "seconds a query"] * once
     text = ["| " + " | ".join(head).lstrip() + " |", "|---" * len(head) + "|"]
-    for r in [r for r in lines.values() if "always first" in r][:1]:
-        text += [f"| {label} | | {value} |" + " |" * (len(head) - 3) for label, value in (
-            ("always the first tool listed", f'{r["always first"]:.1f} (names)'), ("direct", f'{r["direct"]["call"]:.1f}'))]
+    first = {f'{r["always first"]:.1f}' for r in lines.values() if "always first" in r}
+    text += [f"| always the first tool listed: {first.pop()} % of the names" + " |" * len(head)] * (len(first) == 1)
     for label, r in lines.items():
         sd, p = "" if r["sd"] is None else f'{r["sd"]:.1f}', "< 0.001" if r["p"] < .001 else f'{r["p"]:.3f}'
         before, each = r.get("once", {"labels": 0, "tokens": 0, "seconds": 0}), r["per query"] if "per query" in r else {}
-        text.append(row_of(label, r, f'{r["ttsi"]["call"]:.1f}', difference(r), sd, f'{r["items better"]} / {r["items worse"]}', p,
+        text.append(row_of(label, r, *(f'{r[side]["call"]:.1f}' for side in ("direct", "ttsi")), difference(r), sd, f'{r["items better"]} / {r["items worse"]}', p,
                            f'{r["adapted"]:.0f}/{r["n"]}', f'{r["tokens"]:.1f}x', *[
             f'{before["labels"]:,.0f}', f'{before["tokens"] / 1e6:.2f} M', f'{before["seconds"]:.0f}', f'{each.get("tokens", 0):.0f}',
             f'{each.get("seconds", 0):.2f}'] * once))
