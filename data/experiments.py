@@ -655,7 +655,7 @@ def markdown(lines):
     head += ["labels", "tokens once", "seconds once", "tokens a query", "seconds a query"] * once
     text = ["| " + " | ".join(head).lstrip() + " |", "|---" * len(head) + "|"]
     first = {f'{r["always first"]:.1f}' for r in lines.values() if "always first" in r}
-    text += [f"| always the first tool listed: {first.pop()} % of the names" + " |" * len(head)] * (len(first) == 1)
+    text += [f"| always the first tool listed: {v} % of the names" + " |" * len(head) for v in first if len(first) == 1]
     for label, r in lines.items():
         sd, p = "" if r["sd"] is None else f'{r["sd"]:.1f}', "< 0.001" if r["p"] < .001 else f'{r["p"]:.3f}'
         before, each = r.get("once", {"labels": 0, "tokens": 0, "seconds": 0}), r["per query"] if "per query" in r else {}
