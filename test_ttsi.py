@@ -1083,10 +1083,13 @@ def test_votes_and_pass_at_n_by_hand(lab, monkeypatch):
     name = lambda n: json.dumps({"name": n, "arguments": {"a": 12.0}})
     texts = ["no call", name("g"), name("f"), json.dumps({"name": "f", "arguments": {"a": " 12"}}), name("g")]
     monkeypatch.setattr(experiments, "sampled", lambda lab, *_: {"demo-000": {"texts": texts, "cost": [2.0, 30]},
-                                                                 "demo-001": {"texts": ["no call"] * 5, "cost": [2.0, 30]}})
+                                                                 "demo-001": {"texts": ["no call"] * 5, "cost": [2.0, 30]},
+                                                                 "demo-002": {"texts": texts[2:] + texts[1:2], "cost": [2.0, 30]}})
     samples = [dict(s, call={"name": "f", "arguments": {"a": 12}}) for s in lab.samples(lab.config(0))]
     monkeypatch.setattr(lab, "samples", lambda cfg: samples)
-    first, second = experiments.majority(lab, 0, 1.0)[:2]
+    first, second, third = experiments.majority(lab, 0, 1.0)[:3]
+    texts_of_third = texts[2:] + texts[1:2]  # f, f, g, g: the first; with one more g, that
+    assert third["adapted"] == texts_of_third[0] and experiments.most_frequent(texts_of_third + [name("g")], None) == name("g")
     assert first["adapted"] == name("g"), "two votes each: the call that came first"
     assert second["adapted"] == "" and not second["scores"]["ttsi"]["call"] and first["cost"]["votes"] == [2.0, 30]
     best = experiments.any_of(lab, 0, 1.0)
@@ -1118,6 +1121,8 @@ def test_a_kept_adapter_begins_as_the_temporary_one(lab):
     at = next(i for i, r in enumerate(fresh) if r["margin"] < .95 and r["pairs"])
     assert kept[at]["adapted"] == fresh[at]["adapted"] and kept[at]["trained"], "nothing was learned before"
     assert [r["adapted"] for r in kept[:at]] == [r["direct"] for r in fresh[:at]]
+    moved = [abs(a["margin now"] - b["margin"]) > 1e-4 for a, b in zip(kept, fresh)]
+    assert not any(moved[:at + 1]) and any(moved[at + 1:]), "what was learned is gone"
     assert [r["adapted"] for r in experiments.stream(lab, 0, 0.0)] == [r["direct"] for r in fresh]
 
 

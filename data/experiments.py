@@ -251,15 +251,15 @@ def stream(lab, seed, lr):
             with ttsi.adapters(model, xs, cfg) as theta:
                 for p, q in zip(theta, kept_theta or theta):
                     p.data.copy_(q)
-                uncertain_ = ttsi.certainty(ttsi.score(model, tok, xs, tools, cfg)[0]) < cfg.tau
-                x["pairs"] = row.get("pairs", []) if uncertain_ else []
+                u = ttsi.certainty(ttsi.score(model, tok, xs, tools, cfg)[0])
+                x["pairs"] = row.get("pairs", []) if u < cfg.tau else []
                 if x["pairs"]:
                     ttsi.train(model, tok, xs, theta, tools, cfg)
                 text, = ttsi.answer(model, tok, xs, tools, cfg)
                 kept_theta = [p.detach().clone() for p in theta]
-            cost = {"generate": row["cost"]["generate"]} if uncertain_ and "generate" in row["cost"] else {}
+            cost = {"generate": row["cost"]["generate"]} if u < cfg.tau else {}
             row = instead(row, sample, text, **{k: v for k, v in x["cost"].items() if k != "prefill"}, **cost)
-            row["trained"] = bool(x["pairs"])
+            row |= {"trained": bool(x["pairs"]), "margin now": u}
         out.append(row)
     return out
 
