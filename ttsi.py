@@ -542,6 +542,7 @@ def tt_si(model, tok, samples, cfg, pairs=None, teacher=None, memory=None):
         if cfg.trace:
             note(students, after=score(model, tok, students, past, cfg, name="trace"))
     # Reset: the block has ended, the adapters are gone; the base parameters were never written.
+
     plain = [x for x in xs if "adapted" not in x or x["labelled"]]                  # y ~ theta for the certain,
     note(plain, direct=answer(model, tok, plain, asked, cfg, name="direct"))        # and to compare with
     return rows

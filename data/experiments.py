@@ -828,6 +828,7 @@ def main(argv=None):
     if args.quick:
         args.limit, args.seeds = args.limit or 10, args.seeds or 1
     args.teacher = args.teacher or (str(HERE / "teacher") if args.model == ttsi.Config.model else "")
+    ttsi.need(Path(args.data).is_file(), f"--data {args.data}: no such file; give canonical samples, one a line")
     lab, stem = Lab(args), Path(args.data).stem
     ttsi.need(all("call" in sample for sample in lab.samples(lab.config(0))), f"{args.data}: not every sample has a label")
     for group in args.groups or [g for g in GROUPS if g not in TUNING]:
