@@ -413,6 +413,7 @@ def judge(text, x, before, cfg, copies=True):
     copied = "copy of the request" * (not copies and words(pair["request"]) == words(x["request"]))
     wrong = long or copied or (check(pair, x, kept(before)) if cfg.check else "")
     return {"text": text, "verdict": wrong or "kept", "pair": None if wrong else pair}
+
 TYPES = dict(string=[str], integer=[int], number=[int, float], boolean=[bool], array=[list], object=[dict])
 
 # FORK HERE: checks of your own. They see the request, the tools on offer and earlier drafts, never a label.

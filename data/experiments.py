@@ -101,7 +101,7 @@ def kept(f):
     """What f(lab, ...) gives is kept beside the runs, under its arguments and all that stands in this file before tables."""
     @functools.wraps(f)
     def once(lab, *args):
-        source = Path(__file__).read_text(encoding="utf-8").partition("- tables")[0]
+        source = Path(__file__).read_text(encoding="utf-8").partition("-" * 20 + " tables")[0]
         key = json.dumps([source, lab.args.data, lab.args.flags, lab.limit, args])
         path = lab.runs / f"{f.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if not path.exists():
