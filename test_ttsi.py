@@ -714,9 +714,10 @@ def test_templates_that_think_or_tell_the_date(tok, template, end):
 
 @pytest.mark.parametrize("available,device", [(False, "cpu"), (True, "meta")])
 def test_a_build_for_an_accelerator_runs_without_one(monkeypatch, available, device):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("meta"))
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)
-    assert ttsi.load(ttsi.Config())[0].device.type == device
+    monkeypatch.setattr(torch.accelerator, "current_accelerator",
+                        lambda check_available=False: torch.device("meta") if available or not check_available else None)
+    with pytest.raises(ttsi.InputError, match="loaded on meta") if available else contextlib.nullcontext():
+        assert ttsi.load(ttsi.Config())[0].device.type == device
 
 
 def saved(model, tok, folder):

@@ -18,7 +18,7 @@ Departures from the paper, and choices where it is silent (--paper sets everythi
  seeded order (--shuffle): benchmarks list the right one first. 6. b samples at once, each with an adapter of its own.
 Shapes: b samples, N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. A span: (token ids, begin).
 """
-import argparse, copy, dataclasses, functools, hashlib, json, math, os, re, sys, time  # noqa: E401
+import argparse, copy, dataclasses, functools, glob, hashlib, json, math, os, re, sys, time  # noqa: E401
 from collections import Counter, namedtuple
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -26,7 +26,6 @@ from pathlib import Path
 import torch, transformers  # noqa: E401
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
 # ---------------------------------------------------------------------------------------------- configuration
 HERE = Path(__file__).resolve().parent
 def flag(default, text, choices=None, least=None):
@@ -71,7 +70,6 @@ class Config:
     adapt: str = flag("suffix", "the adapter acts behind the tools [ours], or everywhere [paper]", ("suffix", "full"))
 PAPER = ("--tau 0.95 --score sum --select uncertain --k 1 --drafts 1 --attempts 1 --no-check --lora-rank 8"
          " --lora-alpha 16 --optimizer adamw --lr 1e-4 --epochs 5 --adapt full")
-
 # ---------------------------------------------------------------------------------------------- data and prompts
 class InputError(ValueError):
     """Bad input, told in one line: where, what is wrong, and what would be right."""
@@ -87,7 +85,7 @@ def loads(text, decode=DECODER.decode):
     try:
         value = decode(text)
         dumps(value).encode()
-        canonical(value)  # some versions of python read deeper than code can walk
+        canonical(value)  # bounds the depth
     except (ValueError, RecursionError) as e:
         raise InputError(f"not JSON, one object each: {e}") from None
     need(isinstance(value, dict), f"found a {type(value).__name__}")
@@ -126,10 +124,10 @@ def read_jsonl(path, check):
             if line.strip():
                 record = loads(line)
                 i = record["id"] = str(record.get("id", number))
-                need(i not in found, f"id {dumps(i)} is on an earlier line; ids must differ")
+                need(i not in found and i.isprintable(), f"id {dumps(i)}: ids must differ, and be printable")
                 found[i] = check(record)
         except InputError as e:
-            errors.append(f"{path}:{number}: {e}")
+            errors.append(f"{path}:{number}: {str(e)[:300]}")
     need(found and not errors, "\n".join(errors) or f"{path}: nothing in it; each line must be one JSON object")
     return found
 
@@ -161,10 +159,8 @@ SYSTEM = ('Answer the request with one tool call, a JSON object {"name": ..., "a
 # FORK HERE: another generation prompt; `judge` reads what it asks for, `check` is label-free quality control.
 DRAFT = ('Write a DIFFERENT request of the same kind as the one below, for any of the tools, and its call, as a JSON'
          ' object {"call": {"name": ..., "arguments": {...}}, "request": "..."} and nothing else.\n\n')
-
 def system_text(tools):  # the tools, one a line; they come first, so that all that follows can share their cache
     return SYSTEM + "\n".join(dumps(t) for t in tools)
-
 def user_text(messages):
     """The request; a dialogue becomes a transcript in one message, earlier calls and results included."""
     turns = []
@@ -176,7 +172,6 @@ def user_text(messages):
 
 PLAIN = ("{{ bos_token }}{% for m in messages %}{{ {'system': '', 'user': '\n\nRequest: ', 'assistant': '\nAnswer:\n'"
          "}[m.role] + m.content }}{% endfor %}\nAnswer:\n")  # for tokenizers without a chat template
-
 def render(tok, system, user, shown=()):
     """-> (prompt, length of its part that ends with the system text), by the chat template; shown pairs are turns."""
     turns = [turn for pair in shown for turn in (pair["request"], dumps(pair["call"]))] + [user]
@@ -185,8 +180,8 @@ def render(tok, system, user, shown=()):
     for messages in ([{"role": "system", "content": system}, *talk], [folded, *talk[1:]]):
         try:
             text = tok.apply_chat_template(
-                messages, chat_template=tok.chat_template or PLAIN, tokenize=False, add_generation_prompt=True,
-                enable_thinking=False, date_string="01 January 2026")
+                messages, chat_template=None if tok.chat_template else PLAIN, tokenize=False,
+                add_generation_prompt=True, enable_thinking=False, date_string="01 January 2026")
         except Exception as e:  # jinja2's own: some templates raise on a system role, others drop it silently
             text = str(e)
         head = text.find(system) + len(system)
@@ -212,7 +207,6 @@ def pair_tokens(tok, x, pair):
 
 def context(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-
 def draw(*key):
     """A torch generator seeded by `key` alone: no draw depends on order, batch, resume or shard."""
     return torch.Generator().manual_seed(int(hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16], 16) >> 1)
@@ -229,11 +223,11 @@ def prepare(model, tok, sample, cfg):
          "context": context(model)}
     x["prompt"], head = render(tok, x["system"], x["request"])
     x["ids"], x["head"] = encode(tok, x["prompt"], head)
-    x["candidates"] = [name_tokens(tok, x["prompt"], name) for name in x["names"]]
-    n = max(len(x["ids"]) + cfg.max_new_tokens, *(len(ids) for ids, _ in x["candidates"]))
+    n = len(x["ids"]) + cfg.max_new_tokens
+    x["candidates"] = [name_tokens(tok, x["prompt"], name) for name in x["names"] if n <= x["context"]]
+    n = max([n, *(len(ids) for ids, _ in x["candidates"])])
     x["error"] = f"prompt and answer, {n} tokens, exceed the context of {x['context']}" * (n > x["context"])
     return x
-
 # ---------------------------------------------------------------------------------------------- tokens, cache, stages
 Past = namedtuple("Past", "ids cache mask")  # R rows that were read; a cache; (R, slots) which slots are theirs
 def forward(model, rows, past=None, keep=1):
@@ -263,10 +257,8 @@ def forward(model, rows, past=None, keep=1):
 forward.tokens = 0  # read so far, for `metered`
 def padded(rows, width, pad=0):
     return torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-
 def windowed(model):  # does a layer see a window of slots only? padding would push real tokens out of it
     return any(layer.is_sliding for layer in DynamicCache(config=model.config).layers)
-
 def logprob(model, spans, past=None):
     """(R,) log-probability of each of R spans (ids, begin): of the tokens from `begin` on, after those before.
         tokens    t0    t1    t2    t3       the logits at one position
@@ -320,7 +312,7 @@ def metered(f):
             return []
         before, start = forward.tokens, time.perf_counter()
         out = f(model, tok, xs, *args, **kw)
-        torch.cuda.synchronize() if model.device.type == "cuda" else None
+        torch.cuda.synchronize(model.device) if model.device.type == "cuda" else None
         spent = time.perf_counter() - start, forward.tokens - before
         for x in xs:
             x["cost"][name] = tuple(old + new / len(xs) for old, new in zip(x["cost"].get(name, (0, 0)), spent))
@@ -348,7 +340,6 @@ def answer(model, tok, xs, past, cfg, method=""):
         shown = [encode(tok, render(tok, x["system"], x["request"], x["pairs"])[0])[0] for x in xs]
         rows = [s if len(s) + cfg.max_new_tokens <= x["context"] else x["ids"] for s, x in zip(shown, xs)]
     return decode(model, tok, rows, [len(row) for row in rows], cfg.max_new_tokens, past)
-
 # ---------------------------------------------------------------------------------------------- H: self-awareness
 @metered
 def score(model, tok, xs, past, cfg):
@@ -360,13 +351,11 @@ def score(model, tok, xs, past, cfg):
 
 def softmax(logp):
     return torch.tensor(logp, dtype=torch.float64).softmax(0).tolist()
-
 # FORK HERE: another uncertainty, e.g. 1 - entropy / log N instead of the margin. Below tau means uncertain.
 def certainty(logp):
     """Relative Softmax Scoring: margin u = p(1) - p(2) of p = softmax(l). One candidate, no runner-up: 1 [ours]."""
     p = sorted(softmax(logp), reverse=True)
     return p[0] - p[1] if len(p) > 1 else 1.0
-
 # ---------------------------------------------------------------------------------------------- G: self-data
 @metered
 def generate(model, tok, xs, past, cfg):
@@ -388,8 +377,7 @@ def generate(model, tok, xs, past, cfg):
         rows = [forced[d % len(forced)] if forced else ids for _, _, (ids, *forced), d in jobs]
         start = [len(begun[0]) for _, _, begun, _ in jobs]
         uniform = [torch.rand(cfg.max_new_tokens, generator=draw(cfg.seed, x["id"], "draft", d)) for x, *_, d in jobs]
-        shared = [os.path.commonprefix(begun)[:-1] for *_, begun in writing]  # of token ids: read once for all drafts
-        asked = forward(model, shared, past)[1]
+        asked = forward(model, [os.path.commonprefix(begun)[:-1] for *_, begun in writing], past)[1]  # for all drafts
         texts = decode(model, tok, rows, start, cfg.max_new_tokens, asked, cfg.temperature, torch.stack(uniform))
         for (x, mine, *_), text in zip(jobs, texts):
             mine.append(judge(text, x, mine, cfg))
@@ -415,17 +403,16 @@ def judge(text, x, before, cfg, copies=True):
     return {"text": text, "verdict": wrong or "kept", "pair": None if wrong else pair}
 
 TYPES = dict(string=[str], integer=[int], number=[int, float], boolean=[bool], array=[list], object=[dict])
-
 # FORK HERE: checks of your own. They see the request, the tools on offer and earlier drafts, never a label.
 def check(pair, x, before):
     """What is wrong with a pair {request, call} written for the sample x, or "" """
-    name, arguments, request = pair["call"]["name"], pair["call"]["arguments"], pair["request"]
-    if name not in x["names"]:
-        return "tool not on offer"
-    schema = x["tools"][x["names"].index(name)].get("parameters") or {}
+    arguments, request = pair["call"]["arguments"], pair["request"]
+    tool = next((t for t in x["tools"] if t["name"] == pair["call"]["name"]), {})
+    schema = tool.get("parameters") or {}
     rules = schema.get("properties") or {}
     known = [(rules[key], value) for key, value in arguments.items() if key in rules]
     faults = {
+        "tool not on offer": not tool,
         "required argument missing": not set(schema.get("required") or []) <= set(arguments),
         "unknown argument": len(known) < len(arguments),
         "wrong type": any(type(v) not in TYPES.get(str(rule.get("type")), [type(v)]) for rule, v in known),
@@ -437,10 +424,8 @@ def check(pair, x, before):
 
 def words(text):
     return re.findall(r"\w+", text.casefold())
-
 def kept(drafts):
     return [d["pair"] for d in drafts if d["pair"]]
-
 def closest(x):
     """Pairs by the words that they share with the request, most first; a word rare among the pairs weighs more."""
     pairs = kept(x["drafts"])
@@ -448,7 +433,6 @@ def closest(x):
     weight = {w: math.log((len(bags) + 1) / (sum(w in bag for bag in bags) + 1)) for w in words(x["request"])}
     overlap = [sum(v for w, v in weight.items() if w in bag) for bag in bags]
     return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: -overlap[i])]  # stable: ties stay in order
-
 # ---------------------------------------------------------------------------------------------- T: self-improvement
 # FORK HERE: another adapter. `fresh` makes one layer's parameters for b samples, `adapted` is what it then gives.
 def fresh(layer, generators, cfg):
@@ -514,7 +498,6 @@ def sgd(theta, lr):  # FORK HERE: another update rule
     norm = sum(p.grad.flatten(1).square().sum(1) for p in theta).sqrt().clamp(min=1e-12)  # (b,)
     for p in theta:
         p -= lr * p.grad / norm.view(-1, *[1] * (p.dim() - 1))
-
 # ---------------------------------------------------------------------------------------------- Algorithm 1
 def tt_si(model, tok, samples, cfg, pairs=None, teacher=None, memory=None):
     """Algorithm 1 for b independent samples at once -> their rows, in order; b = 1 is the paper. No label is read.
@@ -527,8 +510,9 @@ def tt_si(model, tok, samples, cfg, pairs=None, teacher=None, memory=None):
     tools, asked = prefill(model, tok, xs, [] if memory is None else memory) or (None, None)
 
     note(xs, logp=score(model, tok, xs, asked, cfg))                                # H  l_n = log P(a_n | x)
-    note(xs, margin=[certainty(x["logp"]) for x in xs])                             #    u = p(1) - p(2)
-    chosen = [x for x in xs if cfg.method != "direct"
+    sound = [x for x in xs if all(map(math.isfinite, x["logp"]))]                   #    else, the base answers
+    note(sound, margin=[certainty(x["logp"]) for x in sound])                       #    u = p(1) - p(2)
+    chosen = [x for x in sound if cfg.method != "direct"
               and (cfg.select == "all" or (x["margin"] < cfg.tau) == (cfg.select == "uncertain"))]
 
     note(chosen, drafts=supplied(chosen, pairs, cfg) if pairs is not None           # G  (x', y') ~ P( . | x)
@@ -542,6 +526,9 @@ def tt_si(model, tok, samples, cfg, pairs=None, teacher=None, memory=None):
         note(learners, adapted=answer(model, tok, learners, past, cfg, cfg.method)) #    y ~ theta'
         if cfg.trace:
             note(students, after=score(model, tok, students, past, cfg, name="trace"))
+        for i, x in enumerate(students):                                            #    or else, the base answers
+            if not (all(map(math.isfinite, x["loss"])) and all(p[i].isfinite().all() for p in theta)):
+                del x["adapted"]
     # Reset: the block has ended, the adapters are gone; the base parameters were never written.
 
     plain = [x for x in xs if "adapted" not in x or x["labelled"]]                  # y ~ theta for the certain,
@@ -551,14 +538,14 @@ def tt_si(model, tok, samples, cfg, pairs=None, teacher=None, memory=None):
 def note(xs, **columns):
     for x, *values in zip(xs, *columns.values()):
         x.update(zip(columns, values))
-
 # ---------------------------------------------------------------------------------------------- scoring, with labels
-def canonical(value):
+def canonical(value, levels=100):
     """Values are compared as strings, once 12.0 is 12; containers element by element."""
+    need(levels, "nested more than 100 deep")
     if isinstance(value, dict):
-        return {key: canonical(v) for key, v in value.items()}
+        return {key: canonical(v, levels - 1) for key, v in value.items()}
     if isinstance(value, list):
-        return [canonical(v) for v in value]
+        return [canonical(v, levels - 1) for v in value]
     value = int(value) if isinstance(value, float) and value.is_integer() else value
     return value.strip() if isinstance(value, str) else json.dumps(value)
 
@@ -576,10 +563,10 @@ def finish(x, sample, cfg):
     row = {key: x[key] for key in "id error margin drafts pairs loss direct adapted cost".split() if key in x}
     if "logp" in x:
         row["candidates"] = [dict(name=n, logp=l, p=p) for n, l, p in zip(x["names"], x["logp"], softmax(x["logp"]))]
-    what = "adapted" if "adapted" in x else "no pair was kept" if "pairs" in x else "direct"
-    why = "" if x["error"] else f'{what}, margin {x["margin"]:.4f}, tau {cfg.tau:g}, {cfg.select}'
+    what = "adapted" if "adapted" in x else "no pair was kept" if x.get("pairs") == [] else "direct"
+    why = f'{what}, margin {x.get("margin", math.nan):.4f}, tau {cfg.tau:g}, {cfg.select}'
     answer = x.get("adapted", x.get("direct"))
-    row |= {"decision": why or "not answered", "answer": answer, "call": parse(answer or "")}
+    row |= {"decision": "not answered" if x["error"] else why, "answer": answer, "call": parse(answer or "")}
     if "call" in sample:
         row["scores"] = {"direct": grade(x.get("direct"), sample), "ttsi": grade(answer, sample),
                          "first": sample["tools"][0]["name"] == sample["call"]["name"]}
@@ -614,6 +601,8 @@ def summarise(rows):
     out = {"n": len(rows), "labelled": len(scored), "adapted": sum("adapted" in r for r in rows),
            "one_candidate": sum(len(r.get("candidates", [])) == 1 for r in answered),
            "failed": {r["id"]: r["error"] for r in rows if r["error"]}, "direct": {}, "ttsi": {}, "cost": {},
+           "not_finite": {r["id"]: "loss" if "loss" in r else "score" for r in answered if "adapted" not in r
+                          and ("loss" in r or "candidates" in r and "margin" not in r)},
            "verdicts": dict(sorted(Counter(d["verdict"] for r in answered for d in r.get("drafts", [])).items()))}
     for i, unit in enumerate(("seconds", "tokens")):  # the direct answer of an adapted sample is for comparison only
         costs = [{s: c[i] for s, c in r["cost"].items() if s != "direct" or "adapted" not in r} for r in answered]
@@ -650,13 +639,14 @@ def table(s, cfg):
     lines += [", ".join(f"{n} drafts: {verdict}" for verdict, n in s["verdicts"].items()) or "no drafts"]
     lines += [f'{s["one_candidate"]} samples offer one tool only: no runner-up, margin 1'] * (s["one_candidate"] > 0)
     lines += [f"not answered, counted as wrong: {i}: {error}" for i, error in s["failed"].items()]
+    lines += [f"answered by the base, its {what} is not finite: {i}" for i, what in s["not_finite"].items()]
     return "\n".join(lines + [f'with {s["labelled"]} samples the interval is wide'] * (0 < s["labelled"] < 300))
 
 def trace(tok, x, row, sample, cfg):
     """One sample as the paper's Figure 1 tells it. The label comes last, after all that could not see it."""
     show = lambda heading, *lines: print(f"\n-- {heading}", *lines, sep="\n  ")
     bars = lambda logp: [f'{"#" * round(30 * p):30} {p:.3f}  log P {l:8.3f}  {name}'
-                         for p, l, name in sorted(zip(softmax(logp), logp, x["names"]), reverse=True)]
+                         for p, l, name in sorted(zip(softmax(logp), logp, x["names"]), reverse=True) if p == p]
     show(f'The prompt of {row["id"]}', x["prompt"])
     show("H: how likely is each tool on offer?", *bars(x.get("logp", [])), row["error"] or row["decision"])
     if "drafts" in row:
@@ -673,50 +663,63 @@ def trace(tok, x, row, sample, cfg):
         grades = [sum(row["scores"][side].values()) for side in ("direct", "ttsi")]
         was, now = (("wrong", "right tool, wrong arguments", "right")[grade] for grade in grades)
         show("The label, which nothing above has seen", dumps(sample["call"]), f"before: {was}", f"after:  {now}")
-
 # ---------------------------------------------------------------------------------------------- running
 def load(cfg, flag="model"):
     """-> (model, tokenizer), frozen; from safetensors only, without running code that comes with a model."""
-    name = getattr(cfg, flag)
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    device = str(found) if cfg.device == "auto" else cfg.device
+    name, found = getattr(cfg, flag), torch.accelerator.current_accelerator(check_available=True)
+    torch.accelerator.set_device_index(int(rank)) if found and (rank := os.environ.get("LOCAL_RANK")) else None
+    device = str(found or "cpu") if cfg.device == "auto" else cfg.device
     dtype = cfg.dtype if cfg.dtype != "auto" else "float32" if device == "cpu" else "auto"
     try:
         tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype, dtype), trust_remote_code=False, use_safetensors=True).to(device)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype, dtype), trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True)
+        need(not info["missing_keys"], f"weights are missing: {sorted(info['missing_keys'])}")
+        need(tok.is_fast and linear_layers(model), "needs a fast tokenizer and linear layers")
+        need({type(l) for l in DynamicCache(config=model.config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer},
+             "its cache is no plain key/value cache (linear attention, state space)")
+        model = model.to(device).eval().requires_grad_(False)
+        decode(model, tok, [encode(tok, render(tok, "tools", "request")[0])[0]], [0], 1)  # reads and writes
     except Exception as e:  # whatever goes wrong in there is about this model or device
         raise InputError(f"--{flag} {name}: cannot be loaded on {device}: {' '.join(str(e).split())[:200]};"
                          " give a folder or hub name of a causal language model in safetensors") from e
-    need(tok.is_fast and linear_layers(model), f"--{flag} {name}: needs a fast tokenizer and linear layers")
-    need({type(layer) for layer in DynamicCache(config=model.config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer},
-         f"--{flag} {name}: its cache is no plain key/value cache (linear attention, state space); not supported")
-    return model.eval().requires_grad_(False), tok
+    return model, tok
 
-def resume(cfg, settings, samples, size):
-    """Opens cfg.output -> (file, its summary's path, rows of whole batches so far). A torn batch is done again."""
-    path = Path(cfg.output)
+def save(path, lines, mode="w"):
+    """Replaces a file in one step, or adds to it ("a"). When this returns, the lines are on the disk."""
+    part = f"{path}.{os.environ.get('RANK', '')}part" if mode == "w" else path
+    with open(part, mode, buffering=1, encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+def resume(path, shard, settings, ids, batches):
+    """-> (this process's own file, {id: row} of those of its batches that are whole in the files of any processes).
+    These rows are written into its own file, to which it adds; one process alone then removes the other files."""
     try:
-        beside = path.with_suffix(".summary.json")
+        own, beside = path.with_suffix(f"{shard}.jsonl") if shard else path, path.with_suffix(".summary.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        files = list(path.parent.glob(f"{glob.escape(path.stem)}.rank*of*.jsonl"))
+        lines = [line for f in (*files, path) if f.exists() for line in f.read_bytes().splitlines(True)]
         before = loads(beside.read_text(encoding="utf-8")).get("config") or {} if lines else settings
-        for key, value in settings.items():
-            need(before.get(key) == value, f"it was begun with {key} = {before.get(key)!r}, not {value!r}")
-        whole = sum(line.endswith(b"\n") for line in lines)
-        whole = len(samples) if whole >= len(samples) else whole - whole % size
-        rows = [loads(line.decode()) for line in lines[:whole]]
-        need([r.get("id") for r in rows] == [s["id"] for s in samples[:whole]], "its rows are not those of this run")
-        file = open(path, "a", encoding="utf-8", newline="\n")
-        file.truncate(sum(map(len, lines[:whole])))
-        beside.write_text(json.dumps({"config": settings}, indent=1), encoding="utf-8")
-        return file, beside, rows
+        for k, new in settings.items():  # a row is independent of the batch size
+            need(k == "batch_size" or new == before.get(k), f"it was begun with {k} = {before.get(k)!r}, not {new!r}")
+        rows = {row.get("id"): row for row in (loads(line.decode()) for line in lines if line.endswith(b"\n"))}
+        need(rows.keys() <= ids, "its rows are not those of this run")
     except (OSError, ValueError) as e:
         raise InputError(f"--output {path}: cannot be used: {e}; take another name, or the same settings") from e
+    rows = {s["id"]: rows[s["id"]] for batch in batches if all(s["id"] in rows for s in batch) for s in batch}
+    save(own, map(dumps, rows.values()))
+    lines or save(beside, [json.dumps({"config": settings}, indent=1)])
+    [file.unlink() for file in files if own == path]
+    return own, rows
 
 def run(cfg):
     """Reads, answers, scores, writes -> the summary."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
     need(not (cfg.trace and cfg.output), "--trace tells one sample and writes no --output; give one of them")
+    need(world == 1 or cfg.output, "each of several processes writes a file, for one to merge; give --output")
     samples = read_jsonl(cfg.data, to_sample)
     wanted = [cfg.trace] if cfg.trace else [i for i in cfg.ids.split(",") if i] or list(samples)
     for i in wanted:
@@ -725,33 +728,43 @@ def run(cfg):
     pairs = read_jsonl(cfg.pairs, to_pairs) if cfg.pairs else None
     need(not (pairs and cfg.teacher), "--pairs or --teacher: both say what to train on; give one of them")
     need(not pairs or any(s["id"] in pairs for s in samples), f"{cfg.pairs}: no pairs for any sample of {cfg.data}")
-    size = cfg.batch_size or (25 if cfg.model == Config.model else 1)
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("output", "trace")}
-    for key in ("data", "pairs") if pairs else ("data",):
-        settings[key + "_sha256"] = hashlib.sha256(Path(settings[key]).read_bytes()).hexdigest()
-    out, beside, rows = resume(cfg, settings, samples, size) if cfg.output else (None, None, [])
-    model, tok = load(cfg)
-    teacher = load(cfg, "teacher") if cfg.teacher else None
-    lora = [sum(p.numel() for p in fresh(layer, [torch.Generator()], cfg)) for layer in linear_layers(model)]
-    print(f"{len(samples)} samples of {os.path.relpath(cfg.data)}; {os.path.relpath(cfg.model)}, {model.dtype} on"
-          f" {model.device}: {model.num_parameters():,} parameters, an adapter {sum(lora):,} on {len(lora)} layers\n")
-    batches, memory = [samples[i:i + size] for i in range(len(rows), len(samples), size)], []
-    for batch in tqdm(batches, unit="batch", disable=bool(cfg.trace)):
-        xs = tt_si(model, tok, batch, cfg, pairs, teacher, memory)
-        rows += [finish(x, s, cfg) for x, s in zip(xs, batch)]
-        if cfg.trace:
-            trace((teacher or (model, tok))[1], xs[0], rows[-1], batch[0], cfg)
-        if out:
-            print(*map(dumps, rows[-len(batch):]), sep="\n", file=out, flush=True)
-            os.fsync(out.fileno())
-    versions = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, transformers)}
-    summary = summarise(rows) | {"config": settings, "versions": versions}
-    summary |= {"every_tau": every_tau(rows)} if cfg.select == "all" else {}
-    if out:
-        out.close()
-        beside.write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    if not cfg.trace:
-        print(table(summary, cfg))
+    settings |= {f"{key}_sha256": hashlib.sha256(Path(settings[key]).read_bytes()).hexdigest()
+                 for key in ("data", "pairs") if settings[key]}
+    size = cfg.batch_size or (25 if cfg.model == Config.model else 1)
+    batches, path = [samples[i:i + size] for i in range(0, len(samples), size)][rank::world], Path(cfg.output)
+    shard = f".rank{rank}of{world}" * (world > 1)
+    own, rows = resume(path, shard, settings, {s["id"] for s in samples}, batches) if cfg.output else ("", {})
+    batches, memory = [batch for batch in batches if batch[0]["id"] not in rows], []
+    if batches:
+        (model, tok), teacher = load(cfg), load(cfg, "teacher") if cfg.teacher else None
+        with torch.device("meta"):
+            lora = [sum(p.numel() for p in fresh(layer, [torch.Generator()], cfg)) for layer in linear_layers(model)]
+        data, name = map(os.path.relpath, (cfg.data, cfg.model))
+        print(f"{sum(map(len, batches))} samples of {data}; {name}, {model.dtype} on {model.device}:"
+              f" {model.num_parameters():,} parameters, an adapter {sum(lora):,} on {len(lora)} layers\n")
+    try:
+        for batch in tqdm(batches, unit="batch", disable=bool(cfg.trace or rank)):
+            xs = tt_si(model, tok, batch, cfg, pairs, teacher, memory)
+            rows |= {s["id"]: finish(x, s, cfg) for x, s in zip(xs, batch)}
+            if cfg.trace:
+                trace((teacher or (model, tok))[1], xs[0], rows[cfg.trace], batch[0], cfg)
+            if own:
+                save(own, [dumps(rows[s["id"]]) for s in batch], "a")
+    except (MemoryError, RuntimeError) as e:
+        if re.search("MemoryError|(out of|allocate|enough) memory|ALLOC_FAILED", repr(e)):
+            n = max(len(prepare(model, tok, s, cfg)["ids"]) for s in batch)
+            e = MemoryError(f"out of memory: a prompt of {n} tokens, --batch-size {size}; lower it, or --drafts")
+        raise e
+    finally:
+        rows = [rows[s["id"]] for s in samples if s["id"] in rows]
+        summary = summarise(rows) | {"config": settings, "every_tau": every_tau(rows) if cfg.select == "all" else []}
+        summary["versions"] = {m.__name__: m.__version__ for m in (torch, transformers)}
+        if not cfg.trace:
+            print(table(summary, cfg) if world == 1 else f"rank {rank}: one process will merge all rows")
+    if cfg.output and world == 1:
+        save(path, map(dumps, rows))
+        save(path.with_suffix(".summary.json"), [json.dumps(summary, indent=1)])
     return summary
 
 def parse_flags(argv):
@@ -780,6 +793,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
-        print("\n".join(f"ttsi: {line}" for line in str(e).splitlines()), file=sys.stderr)
-        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (InputError, MemoryError, OSError) as e:
+        print(*(f"ttsi: {line}" for line in str(e).splitlines()), sep="\n", file=sys.stderr)
+        sys.exit(2 if isinstance(e, InputError) else 1)
