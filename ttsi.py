@@ -124,7 +124,7 @@ def read_jsonl(path, check):
             if line.strip():
                 record = loads(line)
                 i = record["id"] = str(record.get("id", number))
-                need(i not in found and i.isprintable(), f"id {dumps(i)}: ids must differ, and be printable")
+                need(i not in found and i.isprintable(), f"id {i!r}: ids must differ, and be printable")
                 found[i] = check(record)
         except InputError as e:
             errors.append(f"{path}:{number}: {str(e)[:300]}")
@@ -694,22 +694,23 @@ def save(path, lines, mode="w"):
         os.fsync(file.fileno())
     os.replace(part, path)
 
-def resume(path, shard, settings, ids, batches):
-    """-> (this process's own file, {id: row} of those of its batches that are whole in the files of any processes).
-    These rows are written into its own file, to which it adds; one process alone then removes the other files."""
+def resume(path, shard, settings, batches):
+    """-> (this process's own file, {id: row} of the batches that are whole in the files of any processes). These rows
+    are taken over into its own file, to which it adds; one process alone, without a shard, then removes the others."""
     try:
         own, beside = path.with_suffix(f"{shard}.jsonl") if shard else path, path.with_suffix(".summary.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        files = list(path.parent.glob(f"{glob.escape(path.stem)}.rank*of*.jsonl"))
+        files = list(path.parent.glob(f"{glob.escape(path.stem)}.rank[0-9]*of[0-9]*.jsonl"))
         lines = [line for f in (*files, path) if f.exists() for line in f.read_bytes().splitlines(True)]
         before = loads(beside.read_text(encoding="utf-8")).get("config") or {} if lines else settings
         for k, new in settings.items():  # a row is independent of the batch size
             need(k == "batch_size" or new == before.get(k), f"it was begun with {k} = {before.get(k)!r}, not {new!r}")
-        rows = {row.get("id"): row for row in (loads(line.decode()) for line in lines if line.endswith(b"\n"))}
-        need(rows.keys() <= ids, "its rows are not those of this run")
+        rows = {str(row.get("id")): row for row in (loads(line.decode()) for line in lines if line.endswith(b"\n"))}
+        need(rows.keys() <= set().union(*batches), "its rows are not those of this run")
     except (OSError, ValueError) as e:
         raise InputError(f"--output {path}: cannot be used: {e}; take another name, or the same settings") from e
-    rows = {s["id"]: rows[s["id"]] for batch in batches if all(s["id"] in rows for s in batch) for s in batch}
+    resized = before.get("batch_size") != settings["batch_size"]  # then each row counts on its own
+    rows = {i: rows[i] for ids in batches if resized or rows.keys() >= set(ids) for i in ids if i in rows}
     save(own, map(dumps, rows.values()))
     lines or save(beside, [json.dumps({"config": settings}, indent=1)])
     [file.unlink() for file in files if own == path]
@@ -721,30 +722,29 @@ def run(cfg):
     need(not (cfg.trace and cfg.output), "--trace tells one sample and writes no --output; give one of them")
     need(world == 1 or cfg.output, "each of several processes writes a file, for one to merge; give --output")
     samples = read_jsonl(cfg.data, to_sample)
-    wanted = [cfg.trace] if cfg.trace else [i for i in cfg.ids.split(",") if i] or list(samples)
+    wanted = dict.fromkeys([cfg.trace] if cfg.trace else [i for i in cfg.ids.split(",") if i] or samples)
     for i in wanted:
         need(i in samples, f"{cfg.data}: no sample has the id {i}; the first is {next(iter(samples))}")
-    samples = [samples[i] for i in samples if i in set(wanted)][:cfg.limit or None]
+    ids = [i for i in samples if i in wanted][:cfg.limit or None]
     pairs = read_jsonl(cfg.pairs, to_pairs) if cfg.pairs else None
     need(not (pairs and cfg.teacher), "--pairs or --teacher: both say what to train on; give one of them")
-    need(not pairs or any(s["id"] in pairs for s in samples), f"{cfg.pairs}: no pairs for any sample of {cfg.data}")
+    need(not pairs or any(i in pairs for i in ids), f"{cfg.pairs}: no pairs for any sample of {cfg.data}")
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("output", "trace")}
     settings |= {f"{key}_sha256": hashlib.sha256(Path(settings[key]).read_bytes()).hexdigest()
                  for key in ("data", "pairs") if settings[key]}
     size = cfg.batch_size or (25 if cfg.model == Config.model else 1)
-    batches, path = [samples[i:i + size] for i in range(0, len(samples), size)][rank::world], Path(cfg.output)
-    shard = f".rank{rank}of{world}" * (world > 1)
-    own, rows = resume(path, shard, settings, {s["id"] for s in samples}, batches) if cfg.output else ("", {})
-    batches, memory = [batch for batch in batches if batch[0]["id"] not in rows], []
-    if batches:
+    batches, path = [ids[i:i + size] for i in range(0, len(ids), size)], Path(cfg.output)
+    own, rows = resume(path, f".rank{rank}of{world}" * (world > 1), settings, batches) if cfg.output else ("", {})
+    left, memory = [[samples[i] for i in batch if i not in rows] for batch in batches[rank::world]], []
+    if any(left):
         (model, tok), teacher = load(cfg), load(cfg, "teacher") if cfg.teacher else None
         with torch.device("meta"):
             lora = [sum(p.numel() for p in fresh(layer, [torch.Generator()], cfg)) for layer in linear_layers(model)]
         data, name = map(os.path.relpath, (cfg.data, cfg.model))
-        print(f"{sum(map(len, batches))} samples of {data}; {name}, {model.dtype} on {model.device}:"
+        print(f"{sum(map(len, left))} samples of {data}; {name}, {model.dtype} on {model.device}:"
               f" {model.num_parameters():,} parameters, an adapter {sum(lora):,} on {len(lora)} layers\n")
     try:
-        for batch in tqdm(batches, unit="batch", disable=bool(cfg.trace or rank)):
+        for batch in tqdm([*filter(None, left)], unit="batch", disable=bool(cfg.trace or rank or not any(left))):
             xs = tt_si(model, tok, batch, cfg, pairs, teacher, memory)
             rows |= {s["id"]: finish(x, s, cfg) for x, s in zip(xs, batch)}
             if cfg.trace:
@@ -757,7 +757,7 @@ def run(cfg):
             e = MemoryError(f"out of memory: a prompt of {n} tokens, --batch-size {size}; lower it, or --drafts")
         raise e
     finally:
-        rows = [rows[s["id"]] for s in samples if s["id"] in rows]
+        rows = [rows[i] for i in ids if i in rows]
         summary = summarise(rows) | {"config": settings, "every_tau": every_tau(rows) if cfg.select == "all" else []}
         summary["versions"] = {m.__name__: m.__version__ for m in (torch, transformers)}
         if not cfg.trace:
@@ -781,7 +781,7 @@ def parse_flags(argv):
     cfg = Config(**vars(parser.parse_args([dashed(a) if a.startswith("--") else a for a in argv])))
     for name, f in fields.items():
         least, value = f.metadata["least"], getattr(cfg, f.name)
-        need(least is None or least <= value < math.inf, f"{name} {value}: must be a number of at least {least}")
+        need(least is None or least <= value <= 10**6, f"{name} {value}: must be a number from {least} to 1000000")
     return cfg
 
 def main(argv=None):
@@ -796,5 +796,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (InputError, MemoryError, OSError) as e:
-        print(*(f"ttsi: {line}" for line in str(e).splitlines()), sep="\n", file=sys.stderr)
+        print(*(f"ttsi: {line}" for line in str(e).split("\n")), sep="\n", file=sys.stderr)
         sys.exit(2 if isinstance(e, InputError) else 1)
