@@ -4,19 +4,26 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import random
 import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -1266,6 +1273,459 @@ def test_all_experiments_run_quickly(world, monkeypatch, capsys):
     labels = [label for g, (*_, rows) in experiments.GROUPS.items() if g not in experiments.TUNING for label, *_ in rows]
     assert all(f"\n{label}: " in "\n" + text for label in labels) and "left out" not in text
     assert all(f.read_bytes() == was for f, was in before.items()), "a look publishes nothing"
+
+
+# ------------------------------------------------------------------------------------------------ nothing lost
+
+KILLER = '''
+import json, os, random, signal, sys, time
+import torch, ttsi
+torch.set_num_threads(1)
+n, argv, path, r = int(sys.argv[1]), sys.argv[3:], sys.argv[2], random.Random(0)
+loaded, fsync = ttsi.load(ttsi.Config()), os.fsync
+ttsi.load = lambda *_: loaded
+os.fsync = lambda fd: (time.sleep(.02), fsync(fd))  # so that many moments are in the middle of writing
+def start():
+    if not (pid := os.fork()):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
+        try:
+            ttsi.main([*argv, "--output", path])
+        finally:
+            os._exit(0)
+    return pid
+def rows():
+    return [{k: v for k, v in json.loads(line).items() if k != "cost"} for line in open(path)]
+began = time.time()
+os.waitpid(start(), 0)
+whole, seconds, kills, runs = rows(), time.time() - began, 0, 0
+os.remove(path)
+while kills < n:
+    pid = start()
+    time.sleep(r.uniform(0, seconds))
+    os.kill(pid, signal.SIGKILL)
+    if os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
+        kills += 1
+    else:
+        assert rows() == whole, "other rows than an uninterrupted run"
+        runs += 1
+        os.remove(path)
+os.waitpid(start(), 0)
+assert rows() == whole and len(whole) > 3, "other rows than an uninterrupted run"
+assert not [f for f in os.listdir(os.path.dirname(path)) if "rank" in f]
+'''
+
+
+def python(*argv, **more):
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, cwd=HERE,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}, timeout=600, **more)
+
+
+def test_killed_at_random_moments_a_run_goes_on(tmp_path):
+    done = python("-c", KILLER, 50 if os.environ.get("SLOW") else 3, tmp_path / "run.jsonl", "--limit", 5, "--batch-size", 2,
+                  "--attempts", 1, "--drafts", 2, "--max-new-tokens", 32, "--epochs", 2)
+    assert done.returncode == 0, done.stderr
+
+
+def test_interrupted_it_ends_with_the_table_so_far(tmp_path):
+    path = tmp_path / "run.jsonl"
+    run = subprocess.Popen([sys.executable, HERE / "ttsi.py", "--output", path, "--batch-size", "3"], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (path.exists() and path.read_bytes()):
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(.05)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    n = len(path.read_text().splitlines())
+    assert run.returncode == 130 and "Traceback" not in err and re.search(rf"^TT-SI .*/{n} ", out, re.M) and n < 100
+
+
+def test_an_interrupt_in_training_leaves_the_base_as_it_was(embedded, monkeypatch):
+    before, keep, count = digest(embedded[0]), ttsi.sgd, itertools.count()
+    def interrupted(theta, lr):
+        keep(theta, lr)
+        if next(count) == 7:  # in the second batch
+            raise KeyboardInterrupt
+    monkeypatch.setattr(ttsi, "load", lambda *_: embedded)
+    monkeypatch.setattr(ttsi, "sgd", interrupted)
+    with pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(io.StringIO()) as told:
+        ttsi.main([*map(str, SHORT), "--select", "all"])
+    assert digest(embedded[0]) == before and not hooks(embedded[0]) and re.search(r"^TT-SI .*/3 ", told.getvalue(), re.M)
+
+
+def test_rows_are_on_disk_before_the_next_batch(tmp_path, monkeypatch):
+    path, keep, fsync, seen, synced = tmp_path / "run.jsonl", ttsi.tt_si, os.fsync, [], []
+    def looking(model, tok, batch, *args):
+        seen.append((len(timeless(path)), len(batch), path.stat().st_size in synced))
+        return keep(model, tok, batch, *args)
+    monkeypatch.setattr(ttsi, "tt_si", looking)
+    monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), synced.append(os.fstat(fd).st_size)))
+    quiet(*SHORT, "--output", path)
+    assert seen == [(0, 3, True), (3, 3, True), (6, 1, True)], "rows there, rows to come, and no byte that was not synchronised"
+
+
+def test_a_smaller_batch_goes_on_from_every_row(tmp_path):
+    path = tmp_path / "run.jsonl"
+    quiet(*SHORT, "--output", path)
+    raw = path.read_bytes().splitlines(True)
+    path.write_bytes(b"".join(raw[:4]) + raw[4][:99])
+    quiet(*SHORT, "--output", path, "--batch-size", 2)
+    now = path.read_bytes().splitlines(True)
+    assert now[:4] == raw[:4] and [json.loads(a)["id"] for a in now] == [json.loads(a)["id"] for a in raw]
+
+
+def test_a_full_disk_ends_with_one_line_and_keeps_what_is_there(tmp_path):
+    path = tmp_path / "run.jsonl"
+    argv = [HERE / "ttsi.py", *SHORT, "--output", path]
+    quiet(*SHORT, "--output", path)
+    whole, raw = timeless(path), path.read_bytes()
+    path.unlink()
+    room = len(b"".join(raw.splitlines(True)[:4])) + 50  # for one batch and a part of the next
+    done = python(*argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    assert done.returncode == 1 and "Traceback" not in done.stderr and re.search(r"^TT-SI .*/6 ", done.stdout, re.M)
+    assert done.stderr.splitlines()[-1].startswith("ttsi: [Errno 27] File too large")
+    assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()[:3]] == [r["id"] for r in whole[:3]]
+    quiet(*SHORT, "--output", path)
+    assert timeless(path) == whole and sorted(f.name for f in tmp_path.iterdir()) == ["run.jsonl", "run.summary.json"]
+
+
+def test_a_vanished_directory_ends_with_one_line_and_the_table(embedded, tmp_path, monkeypatch):
+    path, keep, told, before = tmp_path / "new/run.jsonl", ttsi.tt_si, io.StringIO(), digest(embedded[0])
+    monkeypatch.setattr(ttsi, "load", lambda *_: embedded)
+    def vanishing(model, tok, batch, *args):
+        shutil.rmtree(tmp_path / "new") if batch[0]["id"] == "demo-003" else None
+        return keep(model, tok, batch, *args)
+    monkeypatch.setattr(ttsi, "tt_si", vanishing)
+    with pytest.raises(OSError, match="No such file or directory: .*new/run.jsonl"), contextlib.redirect_stdout(told):
+        ttsi.main([*map(str, SHORT), "--output", str(path)])
+    assert re.search(r"^TT-SI .*/6 ", told.getvalue(), re.M) and digest(embedded[0]) == before, "what was computed is lost"
+
+
+def as_ranks(monkeypatch, world, *argv):
+    for rank in range(world):
+        with monkeypatch.context() as m:
+            m.setenv("RANK", str(rank))
+            m.setenv("WORLD_SIZE", str(world))
+            assert "TT-SI" not in quiet(*argv)[1], "no table of a part"
+
+
+def test_ranks_share_the_batches_and_one_process_merges_their_rows(tmp_path, monkeypatch):
+    path, one = tmp_path / "run.jsonl", tmp_path / "one.jsonl"
+    argv, ids = (*SHORT, "--output", path), lambda name: [r["id"][-1] for r in timeless(tmp_path / name)]
+    with pytest.raises(ttsi.InputError, match="give --output"):
+        as_ranks(monkeypatch, 2, *SHORT)
+    quiet(*SHORT, "--output", one)
+    as_ranks(monkeypatch, 2, *argv)
+    assert ids("run.rank0of2.jsonl") == list("0126") and ids("run.rank1of2.jsonl") == list("345") and not path.exists()
+    (tmp_path / "run.rank1of2.jsonl").write_bytes((tmp_path / "run.rank1of2.jsonl").read_bytes()[:-9])  # as if cut
+    as_ranks(monkeypatch, 3, *argv)
+    assert [ids(f"run.rank{i}of3.jsonl") for i in range(3)] == [list("012"), list("345"), list("6")], "one was done again"
+    with pytest.raises(ttsi.InputError, match="begun with tau = 0.95, not 0.5"):
+        as_ranks(monkeypatch, 2, *argv, "--tau", 0.5)
+    monkeypatch.setattr(ttsi, "tt_si", lambda *_: 1 / 0)  # nothing is run again
+    monkeypatch.setattr(ttsi, "load", lambda *_: 1 / 0)
+    summary, text = quiet(*argv)
+    assert timeless(path) == timeless(one) and re.search(r"^TT-SI .*/7 ", text, re.M)
+    assert sorted(f.name for f in tmp_path.glob("run.*")) == ["run.jsonl", "run.summary.json"] and summary["n"] == 7
+
+
+@slow
+def test_torchrun(tmp_path):
+    argv = [HERE / "ttsi.py", *SHORT, "--output", tmp_path / "run.jsonl"]
+    for n in (2, 3):
+        assert python("-m", "torch.distributed.run", f"--nproc-per-node={n}", *argv).returncode == 0
+    assert len(list(tmp_path.glob("run.rank?of?.jsonl"))) == 5
+    done = python(*argv)
+    assert done.returncode == 0 and re.search(r"^TT-SI .*/7 ", done.stdout, re.M) and "samples of" not in done.stdout
+    quiet(*SHORT, "--output", tmp_path / "one.jsonl")
+    for a, b in zip(timeless(tmp_path / "run.jsonl"), timeless(tmp_path / "one.jsonl")):
+        assert (a["id"], a["call"], a.get("pairs")) == (b["id"], b["call"], b.get("pairs"))
+
+
+# hostile input: a seed makes a case; 1,000 cases with SLOW=1
+
+WORDS = ["", " ", "\0", "\x1b[2J", "a\nb", 'q"u\\o.t/e', "x" * 10000, "\ud800", "\u2028", "<|user|>", "{", "é", "../../etc"]
+
+
+def strange(r):
+    return r.choice([None, True, False, 0, -1, 10 ** 300, 1e308, float("nan"), float("inf"), *r.choices(WORDS, k=4), [], {}, [[]],
+                     {"": None}, {"name": r.choice(WORDS)}, r.choices(WORDS, k=3), {"$ref": "#"}])
+
+
+def places(value, at=()):
+    yield at
+    for key, v in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(v, (*at, key))
+
+
+def mutated(r, value):
+    for _ in range(r.randint(1, 3)):
+        *path, key = r.choice([p for p in places(value) if p] or [("",)])
+        parent = functools.reduce(lambda v, k: v[k], path, value)
+        if (how := r.random()) < .6 and parent:
+            parent[key] = strange(r)
+        elif how < .8 and parent:
+            del parent[key]
+        elif isinstance(parent, list):
+            parent += copy.deepcopy(parent[:1]) * 3
+        else:
+            parent[r.choice(WORDS)] = strange(r)
+    return value
+
+
+def garbled(r, data):
+    for _ in range(r.randint(1, 4)):
+        i, j = sorted(r.choices(range(len(data) + 1), k=2))
+        data = r.choice([data[:i] + bytes(r.choices(range(256), k=3)) + data[i:], data[:i] + data[i + 5:], data[:j] + data[i:], data[:i]])
+    return data
+
+
+def a_record(r):
+    record = json.loads(r.choice((HERE / "data/demo.jsonl").read_text().splitlines()))
+    text, depth = json.dumps(record)[:-1], r.choice([50, 90, 100, 200, 900, 5000, 100000])
+    number = r.choice(["1e999", "-1e999", "1" * 5000, "1" * 400, "01", "NaN", "-Infinity"])
+    many = record | {"tools": [{"name": f"t{i}"} for i in range(5000)], "call": {"name": "t7", "arguments": {}}}
+    every = record["call"] | {"arguments": {str(i): strange(r) for i in range(5)}}
+    data = r.choice([f'{text}, "x": {"[" * depth}{"]" * depth}}}', f'{text}, "n": {number}}}', f'{text}, "id": 7, "id": 7, "tools": []}}',
+                     json.dumps(many), json.dumps(record | {"call": every}), json.dumps(record | {"query": r.choice(WORDS)}),
+                     *(json.dumps(mutated(r, record), ensure_ascii=r.random() < .7) for _ in range(12))])
+    return data.encode("utf-8", "surrogatepass")
+
+
+def hostile_data(r, folder):
+    data = a_record(r)
+    (folder / "d.jsonl").write_bytes((garbled(r, data) if r.random() < .3 else data) + r.choice([b"\n", b"\r\n", b""]))
+    return ["--data", folder / "d.jsonl"], rf"{folder}/d\.jsonl:"
+
+
+def hostile_pairs(r, folder):
+    call = json.loads((HERE / "data/demo.jsonl").read_text().splitlines()[0])["call"]
+    data = json.dumps(mutated(r, {"id": "demo-000", "pairs": [{"request": "please", "call": call}] * 2})).encode()
+    (folder / "p.jsonl").write_bytes(garbled(r, data) if r.random() < .3 else data)
+    return ["--pairs", folder / "p.jsonl", r.choice(["--check", "--no-check"])], rf"{folder}/p\.jsonl:"
+
+
+def hostile_flags(r, folder):
+    fields = [f for f in dataclasses.fields(ttsi.Config) if f.name not in ("output", "attempts", "epochs")]
+    names, numbers = ([f.name.replace("_", r.choice("-_")) for f in fields if f.type in types] for types in ((str, int, float, bool), (int, float)))
+    values = ["", "0", "-1", "nan", "inf", "1e999", "1e-320", "9" * 30, "9" * 5000, "0x10", "1_0", " 2 ", "x", "é", "\udcff", "a\nb", "--",
+              "-", "/", "/dev/null", "/nope", "\0", "%s", "999999999", "cpu", "icl", *names]
+    pick = lambda: (r.choice(names), r.choice(values)) if r.random() < .4 else (r.choice(numbers), r.choice("123"))
+    argv = [a for n, v in (pick() for _ in range(r.randint(1, 3))) for a in r.choice([[f"--{n}", v], [f"--{n}={v}"]] * 4 + [[f"--{n}"], [f"--no-{n}"], [v]])]
+    return argv, ".*(" + "|".join(re.escape(part) for a in argv for part in (a.replace("_", "-").split("=")[0], a.split("=")[-1])) + ")"
+
+
+def hostile_model(r, folder):
+    (folder / "m").mkdir(exist_ok=True)
+    files = sorted((HERE / "data/model").iterdir())
+    for file in files:
+        shutil.copy(file, folder / "m")
+    target = folder / "m" / r.choice(files).name
+    data, how = target.read_bytes(), r.random()
+    if how < .2:
+        target.unlink()
+    elif how < .6 and target.suffix == ".json":
+        target.write_text(json.dumps(mutated(r, json.loads(data))))
+    else:
+        target.write_bytes(r.choice([data[:r.randrange(len(data))], garbled(r, data[:5000]) + data[5000:], r.choice(files).read_bytes()]))
+    return ["--model", folder / "m"], rf"--model {folder}/m: "
+
+
+@pytest.mark.parametrize("kind,n,few", [(hostile_data, 500, 25), (hostile_pairs, 150, 10), (hostile_flags, 200, 15), (hostile_model, 150, 6)])
+def test_hostile_input_is_refused_in_lines_that_name_the_place_or_goes_through(embedded, tmp_path, monkeypatch, kind, n, few):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    real, before, ends = ttsi.load, digest(embedded[0]), {"refused": 0, "through": 0}
+    def hang(*_):
+        raise TimeoutError
+    for seed in range(n if os.environ.get("SLOW") else few):
+        argv, place = kind(random.Random(seed), tmp_path)
+        others = any(flag in str(a) for a in argv for flag in ("--model", "--teacher", "--device", "--dtype"))
+        monkeypatch.setattr(ttsi, "load", real if others else lambda *_: embedded)
+        signal.signal(signal.SIGALRM, hang)
+        signal.alarm(60)
+        try:
+            summary, _ = quiet("--limit", 1, "--max-new-tokens", 8, "--attempts", 1, "--drafts", 2, "--epochs", 1, "--select", "all", *argv)
+            assert summary["n"] == 1 or kind is hostile_flags, f"{kind.__name__}, seed {seed}: the sample is lost"
+            ends["through"] += 1
+        except ttsi.InputError as e:
+            unnamed = [line for line in str(e).replace("a\nb", "a b").split("\n") if not re.match(place.replace("a\\\nb", "a b"), line)]
+            assert not unnamed, f"{kind.__name__}, seed {seed}: {place} is not in {unnamed}"
+            ends["refused"] += 1
+        except BaseException as e:
+            raise AssertionError(f"{kind.__name__}, seed {seed}: {argv}") from e
+        finally:
+            signal.alarm(0)
+    assert all(ends.values()) and digest(embedded[0]) == before, ends
+
+
+def test_hostile_rows_in_an_output_are_refused(tmp_path):
+    path = tmp_path / "run.jsonl"
+    quiet(*SHORT, "--output", path)
+    raw = path.read_bytes()
+    for bad in (b"[]\n", b"{\n", b'{"id": ["a"]}\n', b'{"id": "demo-099"}\n', b"\xff\n", b"[" * 9999 + b"\n"):
+        path.write_bytes(raw + bad)
+        with pytest.raises(ttsi.InputError, match=f"--output {path}: cannot be used"):
+            quiet(*SHORT, "--output", path)
+        assert path.read_bytes() == raw + bad, "a file that is refused must not be touched"
+    other = tmp_path / "notes.txt"
+    other.write_text("no rows, and no end of line")
+    with pytest.raises(ttsi.InputError, match="cannot be used"):
+        quiet(*SHORT, "--output", other)
+    assert other.read_text() == "no rows, and no end of line"
+
+
+def test_a_byte_order_mark_and_line_endings_change_nothing(tmp_path):
+    lines = (HERE / "data/demo.jsonl").read_text().splitlines()[:3]
+    forms = ["\n".join(lines), "\ufeff" + "\r\n".join(lines) + "\r\n", "\r".join(lines), "\n\n".join(lines) + "\n"]
+    for i, text in enumerate(forms):
+        (tmp_path / f"{i}.jsonl").write_bytes(text.encode())
+    read = [ttsi.read_jsonl(tmp_path / f"{i}.jsonl", ttsi.to_sample) for i in range(len(forms))]
+    assert all(r == read[0] for r in read) and len(read[0]) == 3
+
+
+# hostile output
+
+DEEP = '{"call": ' * 3000 + "}" * 3000
+OUTPUT = ["", "{", "}" * 5000, "{" * 5000, DEEP, "[" * 100000, '{"a":' * 99999, "null", "[1]", '{"name": null, "arguments": null}', "\0\x1b\u2028\ufffd",
+          '{"name": ["cancel_flight"], "arguments": {}}', '{"name": "cancel_flight", "arguments": [[]]}', '{"a": 1, "a": 2}',
+          '{"call": {"name": {}, "arguments": {}}, "request": 7}', '{"call": {"name": "get", "arguments": {"x": NaN}}, "request": "x"}',
+          '{"call": {"name": "get", "arguments": {"x": %s}}, "request": "x"}' % ("9" * 5000), '{"call": 1, "request": "\\ud800"}',
+          json.dumps({"call": {"name": "cancel_flight", "arguments": {"days": {"": [None, True, 1e308]}}}, "request": "<|assistant|>{"}),
+          json.dumps({"call": {"name": "book_flight", "arguments": {"city": "again " * 300}}, "request": "again " * 300}),
+          json.dumps({"call": {"name": "book_flight", "arguments": {}}, "request": SAMPLES[1]["messages"][0]["content"]}),
+          "__import__('os').system('touch hacked')", "{{ 7 * 7 }}{% for i in range(9) %}x{% endfor %}"]
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, GPT2LMHeadModel])
+def test_whatever_the_model_writes_is_counted_data(tok, kind, check, monkeypatch):
+    model = tiny(tok, kind)
+    before = digest(model)
+    monkeypatch.setattr(ttsi, "decode", lambda m, t, rows, *_: [next(texts) for _ in rows])
+    for i in range(0, len(OUTPUT), 1 if os.environ.get("SLOW") else 7):
+        texts = itertools.cycle(OUTPUT[i:] + OUTPUT[:i])
+        cfg = config(select="all", check=check, drafts=3, attempts=2, k=2, epochs=1)
+        xs = ttsi.tt_si(model, tok, SAMPLES, cfg)
+        rows = [ttsi.finish(x, s, cfg) for x, s in zip(xs, SAMPLES)]
+        assert sum(ttsi.summarise(rows)["verdicts"].values()) == sum(len(r["drafts"]) for r in rows) >= 9, "each draft is counted"
+        assert json.loads(ttsi.dumps(rows)) == rows and ttsi.table(ttsi.summarise(rows), cfg)
+        with contextlib.redirect_stdout(io.StringIO()):
+            ttsi.trace(tok, xs[1], rows[1], SAMPLES[1], cfg)
+    assert digest(model) == before and not hooks(model)
+
+
+# numbers that are not finite, and memory
+
+@pytest.mark.parametrize("adapt", ["suffix", "full"])
+@pytest.mark.parametrize("what,bad", [("score", math.nan), ("score", -math.inf), ("loss", math.nan), ("loss", math.inf), ("adapter", math.inf)])
+def test_a_number_that_is_not_finite_leaves_the_base_answer_and_the_neighbours(model, tok, monkeypatch, what, bad, adapt):
+    cfg, before = config(select="all", k=2, check=False, epochs=2, lr=.5, adapt=adapt), digest(model)
+    samples = [dict(SAMPLES[i % 2], id=f"{i}") for i in range(4)]
+    pairs = {s["id"]: PAIRS["ab"[i % 2]] for i, s in enumerate(samples)}
+    healthy = ttsi.tt_si(model, tok, samples, cfg, pairs)
+    score, logprob, sgd = ttsi.score, ttsi.logprob, ttsi.sgd
+    def scored(*args, **kw):
+        logp = score(*args, **kw)
+        logp[1][0] = bad
+        return logp
+    def spans_logprob(*args):
+        out = logprob(*args)
+        return out + torch.tensor([0.0, 0, bad, 0, 0, 0, 0, 0]) if torch.is_grad_enabled() else out  # of two pairs each
+    def stepped(theta, lr):
+        sgd(theta, lr)
+        theta[-1].data[1] = bad
+    monkeypatch.setattr(ttsi, *{"score": ("score", scored), "loss": ("logprob", spans_logprob), "adapter": ("sgd", stepped)}[what])
+    xs = ttsi.tt_si(model, tok, samples, cfg, pairs)
+    for i, (x, want) in enumerate(zip(xs, healthy)):
+        if i == 1:
+            assert "adapted" not in x and x["direct"] == want["direct"]
+        else:
+            assert all(x[key] == want[key] for key in ("logp", "margin", "loss", "adapted", "direct")), "a neighbour was touched"
+    rows = [ttsi.finish(x, s, cfg) for x, s in zip(xs, samples)]
+    s = ttsi.summarise(rows)
+    assert s["not_finite"] == {"1": "score" if what == "score" else "loss"} and s["adapted"] == 3 and s["n"] == 4
+    assert "answered by the base, its " in ttsi.table(s, cfg) and rows[1]["answer"] == healthy[1]["direct"]
+    assert ttsi.every_tau(rows) and json.loads(ttsi.dumps(rows)) == rows
+    with contextlib.redirect_stdout(io.StringIO()):
+        ttsi.trace(tok, xs[1], rows[1], samples[1], cfg)
+    assert digest(model) == before and not hooks(model)
+
+
+@pytest.mark.parametrize("stage,error", [("generate", None), ("prefill", MemoryError()), ("train", torch.OutOfMemoryError("CUDA out of memory."))])
+def test_out_of_memory_names_what_to_lower_and_the_next_run_goes_on(embedded, tmp_path, monkeypatch, stage, error):
+    path, keep, count = tmp_path / "run.jsonl", getattr(ttsi, stage), itertools.count()
+    def full(*args, **kw):
+        if next(count):
+            if error:
+                raise error
+            torch.empty(1 << 60)
+        return keep(*args, **kw)
+    before = digest(embedded[0])
+    monkeypatch.setattr(ttsi, "load", lambda *_: embedded)
+    argv = (*SHORT, "--select", "all", "--output", path)
+    with monkeypatch.context() as m, pytest.raises(MemoryError) as e:
+        m.setattr(ttsi, stage, full)
+        quiet(*argv)
+    assert re.fullmatch(r"out of memory: a prompt of \d+ tokens, --batch-size 3; lower it, or --drafts", str(e.value))
+    there = path.read_bytes()
+    assert there.count(b"\n") == 3 and digest(embedded[0]) == before and not hooks(embedded[0])
+    quiet(*argv, "--batch-size", 2)
+    assert path.read_bytes().startswith(there) and len(timeless(path)) == 7
+
+
+def test_other_errors_are_not_taken_for_memory(embedded, tmp_path, monkeypatch):
+    monkeypatch.setattr(ttsi, "load", lambda *_: embedded)
+    monkeypatch.setattr(ttsi, "generate", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        quiet(*SHORT, "--select", "all")
+
+
+# supply chain
+
+SOCKETS = '''
+import runpy, sys
+def deny(event, _):
+    if event.startswith("socket."):
+        raise SystemExit(f"{event}: the run opens a socket")
+sys.addaudithook(deny)
+sys.argv = ["ttsi.py", "--limit", "3"]
+runpy.run_path("ttsi.py", run_name="__main__")
+'''
+
+
+def test_the_default_run_opens_no_socket():
+    done = python("-c", SOCKETS)
+    assert done.returncode == 0 and "TT-SI" in done.stdout, done.stderr
+    assert python("-c", SOCKETS.replace("runpy.run_path", "__import__('socket').socket() #")).returncode == 1, "the hook sees one"
+
+
+def test_a_model_brings_weights_in_safetensors_and_no_code(tok, tmp_path):
+    model, good = tiny(tok), tmp_path / "good"
+    saved(model, tok, good)
+    assert ttsi.load(ttsi.Config(model=str(good)))
+    pickled, coded, partly = (shutil.copytree(good, tmp_path / name) for name in ("pickled", "coded", "partly"))
+    (pickled / "model.safetensors").unlink()
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    conf = json.loads((coded / "config.json").read_text())
+    (coded / "code.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')\nfrom transformers import LlamaConfig, LlamaForCausalLM")
+    auto = {"AutoConfig": "code.LlamaConfig", "AutoModelForCausalLM": "code.LlamaForCausalLM"}
+    (coded / "config.json").write_text(json.dumps(conf | {"model_type": "ours", "auto_map": auto}))
+    (coded / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T", "auto_map": {"AutoTokenizer": [None, "code.T"]}}))
+    weights = safetensors.torch.load_file(good / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    safetensors.torch.save_file(weights, partly / "model.safetensors", metadata={"format": "pt"})
+    for folder, why in ((pickled, "safetensors"), (coded, "cannot be loaded"), (partly, "up_proj")):
+        with pytest.raises(ttsi.InputError, match=why) as e:
+            ttsi.load(ttsi.Config(model=str(folder)))
+        assert str(e.value).startswith(f"--model {folder}: cannot be loaded") and "\n" not in str(e.value)
+    assert not (tmp_path / "hacked").exists(), "code that came with a model was run"
+
+
+def test_what_the_readme_promises_names_tests_that_exist():
+    section = re.search(r"## What happens when\n(.*?)\n## ", (HERE / "README.md").read_text(), re.S)[1]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and "test_" in line]
+    named = {name for line in rows for name in re.findall(r"`(test_\w+)`", line)}
+    assert len(rows) >= 15 and all(f"\ndef {name}(" in Path(__file__).read_text() for name in named), named
 
 
 # ------------------------------------------------------------------------------------------------ the project

@@ -73,7 +73,6 @@ PAPER = ("--tau 0.95 --score sum --select uncertain --k 1 --drafts 1 --attempts 
 # ---------------------------------------------------------------------------------------------- data and prompts
 class InputError(ValueError):
     """Bad input, told in one line: where, what is wrong, and what would be right."""
-
 def need(ok, message):
     if not ok:
         raise InputError(message)
@@ -694,11 +693,12 @@ def save(path, lines, mode="w"):
         os.fsync(file.fileno())
     os.replace(part, path)
 
-def resume(path, shard, settings, batches):
-    """-> (this process's own file, {id: row} of the batches that are whole in the files of any processes). These rows
-    are taken over into its own file, to which it adds; one process alone, without a shard, then removes the others."""
+def resume(path, rank, world, settings, batches):
+    """-> (the file to which this process adds its rows, {id: row} of the batches that are whole in the files of any
+    processes). What it finds of its share goes into that file; one process alone then removes the others."""
     try:
-        own, beside = path.with_suffix(f"{shard}.jsonl") if shard else path, path.with_suffix(".summary.json")
+        own = path.with_suffix(f".rank{rank}of{world}.jsonl") if world > 1 else path
+        beside = path.with_suffix(".summary.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         files = list(path.parent.glob(f"{glob.escape(path.stem)}.rank[0-9]*of[0-9]*.jsonl"))
         lines = [line for f in (*files, path) if f.exists() for line in f.read_bytes().splitlines(True)]
@@ -711,7 +711,7 @@ def resume(path, shard, settings, batches):
         raise InputError(f"--output {path}: cannot be used: {e}; take another name, or the same settings") from e
     resized = before.get("batch_size") != settings["batch_size"]  # then each row counts on its own
     rows = {i: rows[i] for ids in batches if resized or rows.keys() >= set(ids) for i in ids if i in rows}
-    save(own, map(dumps, rows.values()))
+    save(own, [dumps(rows[i]) for ids in (batches if resized else batches[rank::world]) for i in ids if i in rows])
     lines or save(beside, [json.dumps({"config": settings}, indent=1)])
     [file.unlink() for file in files if own == path]
     return own, rows
@@ -734,7 +734,7 @@ def run(cfg):
                  for key in ("data", "pairs") if settings[key]}
     size = cfg.batch_size or (25 if cfg.model == Config.model else 1)
     batches, path = [ids[i:i + size] for i in range(0, len(ids), size)], Path(cfg.output)
-    own, rows = resume(path, f".rank{rank}of{world}" * (world > 1), settings, batches) if cfg.output else ("", {})
+    own, rows = resume(path, rank, world, settings, batches) if cfg.output else ("", {})
     left, memory = [[samples[i] for i in batch if i not in rows] for batch in batches[rank::world]], []
     if any(left):
         (model, tok), teacher = load(cfg), load(cfg, "teacher") if cfg.teacher else None
