@@ -4,6 +4,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import gc
 import hashlib
@@ -840,7 +841,7 @@ TOOLS = '"tools": [{"name": "f", "parameters": {"properties": {}}}]'
 
 
 @pytest.mark.parametrize("line,complaint", [
-    ("{", "not JSON"), ("[]", "found a list"), ('{"query": NaN}', "NaN"), ('{"query": "\\ud800"}', "surrogate"),
+    ("{", "not JSON"), ("[]", "found a list"), ('{"x": ' + "[" * 100 + "]" * 100 + "}", "nested more than 100 deep"), ('{"query": NaN}', "NaN"), ('{"query": "\\ud800"}', "surrogate"),
     ("{" + TOOLS + "}", "no request"), ('{"query": " ", ' + TOOLS + "}", "no request"),
     ('{"messages": [{"role": "user", "content": [1]}], ' + TOOLS + "}", "no request"), ('{"query": "q"}', "no tools"),
     ('{"query": "q", "tools": [{}]}', "a tool must be"),
@@ -1388,6 +1389,20 @@ def test_a_full_disk_ends_with_one_line_and_keeps_what_is_there(tmp_path):
     assert timeless(path) == whole and sorted(f.name for f in tmp_path.iterdir()) == ["run.jsonl", "run.summary.json"]
 
 
+def test_a_file_is_replaced_in_one_step(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    ttsi.save(path, ["one", "two"])
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as m, pytest.raises(OSError, match="No space left"):
+        m.setattr(os, "fsync", full)
+        ttsi.save(path, ["three"])
+    assert path.read_bytes() == b"one\ntwo\n", "neither the old nor the new file is there"
+    ttsi.save(path, ["three"])
+    ttsi.save(path, ["four"], "a")
+    assert path.read_bytes() == b"three\nfour\n" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_vanished_directory_ends_with_one_line_and_the_table(embedded, tmp_path, monkeypatch):
     path, keep, told, before = tmp_path / "new/run.jsonl", ttsi.tt_si, io.StringIO(), digest(embedded[0])
     monkeypatch.setattr(ttsi, "load", lambda *_: embedded)
@@ -1623,7 +1638,7 @@ def test_a_number_that_is_not_finite_leaves_the_base_answer_and_the_neighbours(m
     samples = [dict(SAMPLES[i % 2], id=f"{i}") for i in range(4)]
     pairs = {s["id"]: PAIRS["ab"[i % 2]] for i, s in enumerate(samples)}
     healthy = ttsi.tt_si(model, tok, samples, cfg, pairs)
-    score, logprob, sgd = ttsi.score, ttsi.logprob, ttsi.sgd
+    score, logprob, sgd, steps = ttsi.score, ttsi.logprob, ttsi.sgd, itertools.count(1)
     def scored(*args, **kw):
         logp = score(*args, **kw)
         logp[1][0] = bad
@@ -1633,7 +1648,7 @@ def test_a_number_that_is_not_finite_leaves_the_base_answer_and_the_neighbours(m
         return out + torch.tensor([0.0, 0, bad, 0, 0, 0, 0, 0]) if torch.is_grad_enabled() else out  # of two pairs each
     def stepped(theta, lr):
         sgd(theta, lr)
-        theta[-1].data[1] = bad
+        theta[-1].data[1] = bad if next(steps) == cfg.epochs else 0  # the last: no loss tells
     monkeypatch.setattr(ttsi, *{"score": ("score", scored), "loss": ("logprob", spans_logprob), "adapter": ("sgd", stepped)}[what])
     xs = ttsi.tt_si(model, tok, samples, cfg, pairs)
     for i, (x, want) in enumerate(zip(xs, healthy)):
