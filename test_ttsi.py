@@ -1718,6 +1718,8 @@ def test_a_model_brings_weights_in_safetensors_and_no_code(tok, tmp_path):
     model, good = tiny(tok), tmp_path / "good"
     saved(model, tok, good)
     assert ttsi.load(ttsi.Config(model=str(good)))
+    tied = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), tie_word_embeddings=True, **SMALL))
+    assert ttsi.load(ttsi.Config(model=saved(tied, tok, tmp_path / "tied"))), "the head's weights are the embedding's, not missing"
     pickled, coded, partly = (shutil.copytree(good, tmp_path / name) for name in ("pickled", "coded", "partly"))
     (pickled / "model.safetensors").unlink()
     torch.save(model.state_dict(), pickled / "pytorch_model.bin")
