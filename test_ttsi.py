@@ -901,30 +901,31 @@ def timeless(path):
     return [{k: v for k, v in json.loads(line).items() if k != "cost"} for line in path.read_text().splitlines()]
 
 
-SHORT = ("--limit", 7, "--batch-size", 3, "--attempts", 1, "--max-new-tokens", 64)
+BRIEF = ("--limit", 7, "--batch-size", 3, "--attempts", 1, "--drafts", 1, "--epochs", 2, "--max-new-tokens", 24)
+SHORT = ("--limit", 7, "--batch-size", 3, "--attempts", 1, "--drafts", 2, "--epochs", 3, "--max-new-tokens", 56)
 
 
 def test_output_resumes_after_any_cut_and_refuses_other_settings(tmp_path):
     path = tmp_path / "new" / "run.jsonl"
-    summary, text = quiet(*SHORT, "--output", path)
+    summary, text = quiet(*BRIEF, "--output", path)
     whole, raw = timeless(path), path.read_bytes()
     assert [r["id"] for r in whole] == [f"demo-{i:03d}" for i in range(7)]
     assert json.loads((tmp_path / "new/run.summary.json").read_text())["n"] == summary["n"] == 7
     ends = [i + 1 for i, byte in enumerate(raw) if byte == 10]
     for cut in (0, ends[0], ends[2] - 1, ends[2], ends[3] + 10, ends[5]):
         path.write_bytes(raw[:cut])
-        quiet(*SHORT, "--output", path)
+        quiet(*BRIEF, "--output", path)
         assert timeless(path) == whole, f"cut at {cut}: other rows than an uninterrupted run"
         kept = 0 if cut < ends[2] else ends[2] if cut < ends[5] else ends[5]
         assert path.read_bytes()[:kept] == raw[:kept], "finished batches were done again"
     with pytest.raises(ttsi.InputError, match="begun with tau = 0.95, not 0.5"):
-        quiet(*SHORT, "--output", path, "--tau", 0.5)
+        quiet(*BRIEF, "--output", path, "--tau", 0.5)
     with pytest.raises(ttsi.InputError, match="--trace"):
-        quiet(*SHORT, "--output", path, "--trace", "demo-050")
+        quiet(*BRIEF, "--output", path, "--trace", "demo-050")
     assert path.read_bytes()[:ends[2]] == raw[:ends[2]], "a refused run must not touch the file"
     path.write_bytes(raw[ends[0]:] + b'{"foo": 1}\n')
     with pytest.raises(ttsi.InputError, match="its rows are not those of"):
-        quiet(*SHORT, "--output", path)
+        quiet(*BRIEF, "--output", path)
 
 
 def test_a_row_lets_a_reader_check_the_decision(tmp_path):
@@ -1243,6 +1244,10 @@ def test_statistics_of_the_tables(lab):
     experiments, _ = lab
     assert experiments.signs(5, 0) == experiments.signs(0, 5) == 2 / 32 and experiments.signs(3, 3) == 1
     assert experiments.signs(7, 2) == pytest.approx(2 * (1 + 9 + 36) / 512)
+    r, values = random.Random(0), [i // 3 / 9 for i in range(30)]
+    right = [r.random() < .5 for _ in values]
+    pairs = [(a > b) + (a == b) / 2 for a, x in zip(values, right) for b, y in zip(values, right) if x and not y]
+    assert ttsi.auroc(values, right) == pytest.approx(sum(pairs) / len(pairs)), "of all pairs, ties by half"
     assert ttsi.auroc([.9, .5, .5, .1], [1, 1, 0, 0]) == (1 + 1 + .5 + 1) / 4 and ttsi.auroc([1], [1]) is None
 
 
@@ -1323,7 +1328,7 @@ def python(*argv, **more):
 
 def test_killed_at_random_moments_a_run_goes_on(tmp_path):
     done = python("-c", KILLER, 50 if os.environ.get("SLOW") else 3, tmp_path / "run.jsonl", "--limit", 5, "--batch-size", 2,
-                  "--attempts", 1, "--drafts", 2, "--max-new-tokens", 32, "--epochs", 2)
+                  "--attempts", 1, "--drafts", 1, "--max-new-tokens", 32, "--epochs", 2)
     assert done.returncode == 0, done.stderr
 
 
@@ -1344,7 +1349,7 @@ def test_an_interrupt_in_training_leaves_the_base_as_it_was(embedded, monkeypatc
     before, keep, count = digest(embedded[0]), ttsi.sgd, itertools.count()
     def interrupted(theta, lr):
         keep(theta, lr)
-        if next(count) == 7:  # in the second batch
+        if next(count) == 4:  # in the second batch
             raise KeyboardInterrupt
     monkeypatch.setattr(ttsi, "load", lambda *_: embedded)
     monkeypatch.setattr(ttsi, "sgd", interrupted)
@@ -1360,32 +1365,32 @@ def test_rows_are_on_disk_before_the_next_batch(tmp_path, monkeypatch):
         return keep(model, tok, batch, *args)
     monkeypatch.setattr(ttsi, "tt_si", looking)
     monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), synced.append(os.fstat(fd).st_size)))
-    quiet(*SHORT, "--output", path)
+    quiet(*BRIEF, "--output", path)
     assert seen == [(0, 3, True), (3, 3, True), (6, 1, True)], "rows there, rows to come, and no byte that was not synchronised"
 
 
 def test_a_smaller_batch_goes_on_from_every_row(tmp_path):
     path = tmp_path / "run.jsonl"
-    quiet(*SHORT, "--output", path)
+    quiet(*BRIEF, "--output", path)
     raw = path.read_bytes().splitlines(True)
     path.write_bytes(b"".join(raw[:4]) + raw[4][:99])
-    quiet(*SHORT, "--output", path, "--batch-size", 2)
+    quiet(*BRIEF, "--output", path, "--batch-size", 2)
     now = path.read_bytes().splitlines(True)
     assert now[:4] == raw[:4] and [json.loads(a)["id"] for a in now] == [json.loads(a)["id"] for a in raw]
 
 
 def test_a_full_disk_ends_with_one_line_and_keeps_what_is_there(tmp_path):
     path = tmp_path / "run.jsonl"
-    argv = [HERE / "ttsi.py", *SHORT, "--output", path]
-    quiet(*SHORT, "--output", path)
+    argv = [HERE / "ttsi.py", *BRIEF, "--output", path]
+    quiet(*BRIEF, "--output", path)
     whole, raw = timeless(path), path.read_bytes()
     path.unlink()
     room = len(b"".join(raw.splitlines(True)[:4])) + 50  # for one batch and a part of the next
     done = python(*argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
     assert done.returncode == 1 and "Traceback" not in done.stderr and re.search(r"^TT-SI .*/6 ", done.stdout, re.M)
-    assert done.stderr.splitlines()[-1].startswith("ttsi: [Errno 27] File too large")
+    assert done.stderr.splitlines()[-1].startswith("ttsi: [Errno 27] File too large; what --output holds is intact")
     assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()[:3]] == [r["id"] for r in whole[:3]]
-    quiet(*SHORT, "--output", path)
+    quiet(*BRIEF, "--output", path)
     assert timeless(path) == whole and sorted(f.name for f in tmp_path.iterdir()) == ["run.jsonl", "run.summary.json"]
 
 
@@ -1411,7 +1416,7 @@ def test_a_vanished_directory_ends_with_one_line_and_the_table(embedded, tmp_pat
         return keep(model, tok, batch, *args)
     monkeypatch.setattr(ttsi, "tt_si", vanishing)
     with pytest.raises(OSError, match="No such file or directory: .*new/run.jsonl"), contextlib.redirect_stdout(told):
-        ttsi.main([*map(str, SHORT), "--output", str(path)])
+        ttsi.main([*map(str, BRIEF), "--output", str(path)])
     assert re.search(r"^TT-SI .*/6 ", told.getvalue(), re.M) and digest(embedded[0]) == before, "what was computed is lost"
 
 
@@ -1425,10 +1430,10 @@ def as_ranks(monkeypatch, world, *argv):
 
 def test_ranks_share_the_batches_and_one_process_merges_their_rows(tmp_path, monkeypatch):
     path, one = tmp_path / "run.jsonl", tmp_path / "one.jsonl"
-    argv, ids = (*SHORT, "--output", path), lambda name: [r["id"][-1] for r in timeless(tmp_path / name)]
+    argv, ids = (*BRIEF, "--output", path), lambda name: [r["id"][-1] for r in timeless(tmp_path / name)]
     with pytest.raises(ttsi.InputError, match="give --output"):
-        as_ranks(monkeypatch, 2, *SHORT)
-    quiet(*SHORT, "--output", one)
+        as_ranks(monkeypatch, 2, *BRIEF)
+    quiet(*BRIEF, "--output", one)
     as_ranks(monkeypatch, 2, *argv)
     assert ids("run.rank0of2.jsonl") == list("0126") and ids("run.rank1of2.jsonl") == list("345") and not path.exists()
     (tmp_path / "run.rank1of2.jsonl").write_bytes((tmp_path / "run.rank1of2.jsonl").read_bytes()[:-9])  # as if cut
@@ -1445,13 +1450,13 @@ def test_ranks_share_the_batches_and_one_process_merges_their_rows(tmp_path, mon
 
 @slow
 def test_torchrun(tmp_path):
-    argv = [HERE / "ttsi.py", *SHORT, "--output", tmp_path / "run.jsonl"]
+    argv = [HERE / "ttsi.py", *BRIEF, "--output", tmp_path / "run.jsonl"]
     for n in (2, 3):
         assert python("-m", "torch.distributed.run", f"--nproc-per-node={n}", *argv).returncode == 0
     assert len(list(tmp_path.glob("run.rank?of?.jsonl"))) == 5
     done = python(*argv)
     assert done.returncode == 0 and re.search(r"^TT-SI .*/7 ", done.stdout, re.M) and "samples of" not in done.stdout
-    quiet(*SHORT, "--output", tmp_path / "one.jsonl")
+    quiet(*BRIEF, "--output", tmp_path / "one.jsonl")
     for a, b in zip(timeless(tmp_path / "run.jsonl"), timeless(tmp_path / "one.jsonl")):
         assert (a["id"], a["call"], a.get("pairs")) == (b["id"], b["call"], b.get("pairs"))
 
@@ -1575,18 +1580,47 @@ def test_hostile_input_is_refused_in_lines_that_name_the_place_or_goes_through(e
 
 def test_hostile_rows_in_an_output_are_refused(tmp_path):
     path = tmp_path / "run.jsonl"
-    quiet(*SHORT, "--output", path)
+    quiet(*BRIEF, "--output", path)
     raw = path.read_bytes()
     for bad in (b"[]\n", b"{\n", b'{"id": ["a"]}\n', b'{"id": "demo-099"}\n', b"\xff\n", b"[" * 9999 + b"\n"):
         path.write_bytes(raw + bad)
         with pytest.raises(ttsi.InputError, match=f"--output {path}: cannot be used"):
-            quiet(*SHORT, "--output", path)
+            quiet(*BRIEF, "--output", path)
         assert path.read_bytes() == raw + bad, "a file that is refused must not be touched"
+    raw = (tmp_path / "run.summary.json").read_bytes()
+    for bad in (b"[]", b'{"config": [5]}', b"{"):
+        path.write_bytes(b"{}\n")
+        (tmp_path / "run.summary.json").write_bytes(bad)
+        with pytest.raises(ttsi.InputError, match="cannot be used"):
+            quiet(*BRIEF, "--output", path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ttsi.InputError, match="no regular file"):
+        quiet(*BRIEF, "--output", tmp_path / "pipe")
     other = tmp_path / "notes.txt"
     other.write_text("no rows, and no end of line")
     with pytest.raises(ttsi.InputError, match="cannot be used"):
-        quiet(*SHORT, "--output", other)
+        quiet(*BRIEF, "--output", other)
     assert other.read_text() == "no rows, and no end of line"
+
+
+def test_outputs_side_by_side_do_not_touch_one_another(tmp_path):
+    for name in ("run.rank0of2.backup.jsonl", "run.ranking.jsonl"):  # somebody else's
+        (tmp_path / name).write_text('{"id": "demo-000"}\n')
+    for tau in (0.1, 0.2, 0.1):
+        quiet(*BRIEF, "--limit", 1, "--tau", tau, "--output", tmp_path / f"tau{tau}")
+        quiet(*BRIEF, "--limit", 1, "--tau", tau, "--output", tmp_path / f"run{tau}.jsonl")
+    with pytest.raises(ttsi.InputError, match="begun with tau = 0.1, not 0.2"):
+        quiet(*BRIEF, "--limit", 1, "--tau", 0.2, "--output", tmp_path / "tau0.1")
+    quiet(*BRIEF, "--limit", 1, "--output", tmp_path / "run.jsonl")
+    assert len(list(tmp_path.iterdir())) == 2 + 4 * 2 + 2
+
+
+def test_other_data_under_the_same_name_are_noticed(tmp_path):
+    data, line = tmp_path / "d.jsonl", (HERE / "data/demo.jsonl").read_text().splitlines()[0]
+    for text, other in ((line, False), (line.replace('"id":', '"mark": 1, "id":', 1), False), (line.replace("could you", "would you"), True)):
+        data.write_text(text)
+        with pytest.raises(ttsi.InputError, match="begun with sha256") if other else contextlib.nullcontext():
+            quiet("--data", data, "--output", tmp_path / "run.jsonl", "--max-new-tokens", 8)
 
 
 def test_a_byte_order_mark_and_line_endings_change_nothing(tmp_path):
@@ -1612,7 +1646,7 @@ OUTPUT = ["", "{", "}" * 5000, "{" * 5000, DEEP, "[" * 100000, '{"a":' * 99999, 
 
 
 @pytest.mark.parametrize("check", [True, False])
-@pytest.mark.parametrize("kind", [LlamaForCausalLM, GPT2LMHeadModel])
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, pytest.param(GPT2LMHeadModel, marks=slow)])
 def test_whatever_the_model_writes_is_counted_data(tok, kind, check, monkeypatch):
     model = tiny(tok, kind)
     before = digest(model)
@@ -1631,7 +1665,7 @@ def test_whatever_the_model_writes_is_counted_data(tok, kind, check, monkeypatch
 
 # numbers that are not finite, and memory
 
-@pytest.mark.parametrize("adapt", ["suffix", "full"])
+@pytest.mark.parametrize("adapt", ["suffix", pytest.param("full", marks=slow)])
 @pytest.mark.parametrize("what,bad", [("score", math.nan), ("score", -math.inf), ("loss", math.nan), ("loss", math.inf), ("adapter", math.inf)])
 def test_a_number_that_is_not_finite_leaves_the_base_answer_and_the_neighbours(model, tok, monkeypatch, what, bad, adapt):
     cfg, before = config(select="all", k=2, check=False, epochs=2, lr=.5, adapt=adapt), digest(model)
@@ -1666,7 +1700,8 @@ def test_a_number_that_is_not_finite_leaves_the_base_answer_and_the_neighbours(m
     assert digest(model) == before and not hooks(model)
 
 
-@pytest.mark.parametrize("stage,error", [("generate", None), ("prefill", MemoryError()), ("train", torch.OutOfMemoryError("CUDA out of memory."))])
+@pytest.mark.parametrize("stage,error", [("generate", None), pytest.param("prefill", MemoryError(), marks=slow),
+                                         pytest.param("train", torch.OutOfMemoryError("CUDA out of memory."), marks=slow)])
 def test_out_of_memory_names_what_to_lower_and_the_next_run_goes_on(embedded, tmp_path, monkeypatch, stage, error):
     path, keep, count = tmp_path / "run.jsonl", getattr(ttsi, stage), itertools.count()
     def full(*args, **kw):
@@ -1677,7 +1712,7 @@ def test_out_of_memory_names_what_to_lower_and_the_next_run_goes_on(embedded, tm
         return keep(*args, **kw)
     before = digest(embedded[0])
     monkeypatch.setattr(ttsi, "load", lambda *_: embedded)
-    argv = (*SHORT, "--select", "all", "--output", path)
+    argv = (*BRIEF, "--select", "all", "--output", path)
     with monkeypatch.context() as m, pytest.raises(MemoryError) as e:
         m.setattr(ttsi, stage, full)
         quiet(*argv)

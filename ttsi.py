@@ -18,11 +18,10 @@ Departures from the paper, and choices where it is silent (--paper sets everythi
  seeded order (--shuffle): benchmarks list the right one first. 6. b samples at once, each with an adapter of its own.
 Shapes: b samples, N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. A span: (token ids, begin).
 """
-import argparse, copy, dataclasses, functools, glob, hashlib, json, math, os, re, sys, time  # noqa: E401
+import argparse, copy, dataclasses, functools, hashlib, itertools, json, math, os, re, sys, time  # noqa: E401
 from collections import Counter, namedtuple
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-
 import torch, transformers  # noqa: E401
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -76,7 +75,6 @@ class InputError(ValueError):
 def need(ok, message):
     if not ok:
         raise InputError(message)
-
 DECODER = json.JSONDecoder(parse_constant=lambda name: need(False, f"{name} is not JSON"))
 dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
 def loads(text, decode=DECODER.decode):
@@ -579,18 +577,19 @@ def interval(differences, resamples=10_000, seed=0):
 
 def auroc(values, right):
     """The probability that a right one has the higher value, ties count half; None where all are right, or none."""
-    high, low = (torch.tensor([v for v, r in zip(values, right) if r == side]).double() for side in (True, False))
-    return (1 + (high[:, None] - low).sign().mean().item()) / 2 if len(high) * len(low) else None
+    high, low = (torch.tensor(sorted(v for v, r in zip(values, right) if r == side)) for side in (True, False))
+    below = torch.searchsorted(low, high) + torch.searchsorted(low, high, right=True)  # ties are in the second only
+    return below.double().mean().item() / 2 / len(low) if len(high) * len(low) else None
 
 def every_tau(rows):
     """Rows of --select all -> for each tau that matters: n adapted, call accuracy, that of adapting the others."""
     rows = sorted((r for r in rows if "scores" in r), key=lambda r: r.get("margin", 2))
     taus = [r.get("margin", 2) for r in rows] + [2]
-    call = lambda side, part: 100 * sum(r["scores"][side]["call"] for r in part) / len(rows)
-    return [{"tau": tau, "adapted": sum("adapted" in r for r in rows[:i]),
-             "call": call("ttsi", rows[:i]) + call("direct", rows[i:]),
-             "certain_only": call("direct", rows[:i]) + call("ttsi", rows[i:])}
-            for i, tau in enumerate(taus) if rows and tau not in taus[:i]]
+    adapted, direct, ttsi = ([0, *itertools.accumulate(map(f, rows))] for f in (
+        lambda r: "adapted" in r, *(lambda r, s=side: r["scores"][s]["call"] for side in ("direct", "ttsi"))))
+    call = lambda low, high, i: 100 * (low[i] + high[-1] - high[i]) / len(rows)
+    return [{"tau": tau, "adapted": adapted[i], "call": call(ttsi, direct, i), "certain_only": call(direct, ttsi, i)}
+            for i, tau in enumerate(taus) if rows and (not i or tau > taus[i - 1])]
 
 STAGES = ("prefill", "score", "generate", "train", "answer", "direct")
 def summarise(rows):
@@ -666,20 +665,19 @@ def trace(tok, x, row, sample, cfg):
 def load(cfg, flag="model"):
     """-> (model, tokenizer), frozen; from safetensors only, without running code that comes with a model."""
     name, found = getattr(cfg, flag), torch.accelerator.current_accelerator(check_available=True)
-    torch.accelerator.set_device_index(int(rank)) if found and (rank := os.environ.get("LOCAL_RANK")) else None
     device = str(found or "cpu") if cfg.device == "auto" else cfg.device
     dtype = cfg.dtype if cfg.dtype != "auto" else "float32" if device == "cpu" else "auto"
     try:
+        torch.accelerator.set_device_index(int(rank)) if found and (rank := os.environ.get("LOCAL_RANK")) else None
         tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype, dtype), trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True)
+            name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
         need(not info["missing_keys"], f"weights are missing: {sorted(info['missing_keys'])}")
         need(tok.is_fast and linear_layers(model), "needs a fast tokenizer and linear layers")
         need({type(l) for l in DynamicCache(config=model.config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer},
              "its cache is no plain key/value cache (linear attention, state space)")
         model = model.to(device).eval().requires_grad_(False)
-        decode(model, tok, [encode(tok, render(tok, "tools", "request")[0])[0]], [0], 1)  # reads and writes
+        decode(model, tok, [encode(tok, render(tok, "tools", "request")[0])[0] + [tok.vocab_size - 1]], [0], 1)
     except Exception as e:  # whatever goes wrong in there is about this model or device
         raise InputError(f"--{flag} {name}: cannot be loaded on {device}: {' '.join(str(e).split())[:200]};"
                          " give a folder or hub name of a causal language model in safetensors") from e
@@ -694,35 +692,36 @@ def save(path, lines, mode="w"):
     os.replace(part, path)
 
 def resume(path, rank, world, settings, batches):
-    """-> (the file to which this process adds its rows, {id: row} of the batches that are whole in the files of any
-    processes). What it finds of its share goes into that file; one process alone then removes the others."""
+    """-> (the file to which this process adds its rows, the summary's, {id: row} of the batches that are whole in the
+    files of any processes). Its share of these goes into its file; one process alone then removes the others."""
+    stem = str(path).removesuffix(".jsonl")
     try:
-        own = path.with_suffix(f".rank{rank}of{world}.jsonl") if world > 1 else path
-        beside = path.with_suffix(".summary.json")
+        own, beside = Path(f"{stem}.rank{rank}of{world}.jsonl") if world > 1 else path, Path(f"{stem}.summary.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        files = list(path.parent.glob(f"{glob.escape(path.stem)}.rank[0-9]*of[0-9]*.jsonl"))
+        need(path.is_file() or not path.exists(), "it is no regular file")
+        files = [f for f in path.parent.iterdir() if re.fullmatch(re.escape(stem) + r"\.rank\d+of\d+\.jsonl", str(f))]
         lines = [line for f in (*files, path) if f.exists() for line in f.read_bytes().splitlines(True)]
         before = loads(beside.read_text(encoding="utf-8")).get("config") or {} if lines else settings
         for k, new in settings.items():  # a row is independent of the batch size
             need(k == "batch_size" or new == before.get(k), f"it was begun with {k} = {before.get(k)!r}, not {new!r}")
         rows = {str(row.get("id")): row for row in (loads(line.decode()) for line in lines if line.endswith(b"\n"))}
         need(rows.keys() <= set().union(*batches), "its rows are not those of this run")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, AttributeError) as e:  # of what is no row, or no summary
         raise InputError(f"--output {path}: cannot be used: {e}; take another name, or the same settings") from e
     resized = before.get("batch_size") != settings["batch_size"]  # then each row counts on its own
     rows = {i: rows[i] for ids in batches if resized or rows.keys() >= set(ids) for i in ids if i in rows}
     save(own, [dumps(rows[i]) for ids in (batches if resized else batches[rank::world]) for i in ids if i in rows])
     lines or save(beside, [json.dumps({"config": settings}, indent=1)])
     [file.unlink() for file in files if own == path]
-    return own, rows
+    return own, beside, rows
 
 def run(cfg):
     """Reads, answers, scores, writes -> the summary."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
     need(not (cfg.trace and cfg.output), "--trace tells one sample and writes no --output; give one of them")
-    need(world == 1 or cfg.output, "each of several processes writes a file, for one to merge; give --output")
+    need(rank < world and (world == 1 or cfg.output), "each of WORLD_SIZE processes writes a file: give --output")
     samples = read_jsonl(cfg.data, to_sample)
-    wanted = dict.fromkeys([cfg.trace] if cfg.trace else [i for i in cfg.ids.split(",") if i] or samples)
+    wanted = dict.fromkeys([cfg.trace] if cfg.trace else cfg.ids.split(",") if cfg.ids else samples)
     for i in wanted:
         need(i in samples, f"{cfg.data}: no sample has the id {i}; the first is {next(iter(samples))}")
     ids = [i for i in samples if i in wanted][:cfg.limit or None]
@@ -730,11 +729,10 @@ def run(cfg):
     need(not (pairs and cfg.teacher), "--pairs or --teacher: both say what to train on; give one of them")
     need(not pairs or any(i in pairs for i in ids), f"{cfg.pairs}: no pairs for any sample of {cfg.data}")
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("output", "trace")}
-    settings |= {f"{key}_sha256": hashlib.sha256(Path(settings[key]).read_bytes()).hexdigest()
-                 for key in ("data", "pairs") if settings[key]}
+    settings["sha256"] = hashlib.sha256(dumps([samples, pairs]).encode()).hexdigest()  # of data and pairs
     size = cfg.batch_size or (25 if cfg.model == Config.model else 1)
     batches, path = [ids[i:i + size] for i in range(0, len(ids), size)], Path(cfg.output)
-    own, rows = resume(path, rank, world, settings, batches) if cfg.output else ("", {})
+    own, beside, rows = resume(path, rank, world, settings, batches) if cfg.output else ("", "", {})
     left, memory = [[samples[i] for i in batch if i not in rows] for batch in batches[rank::world]], []
     if any(left):
         (model, tok), teacher = load(cfg), load(cfg, "teacher") if cfg.teacher else None
@@ -764,7 +762,7 @@ def run(cfg):
             print(table(summary, cfg) if world == 1 else f"rank {rank}: one process will merge all rows")
     if cfg.output and world == 1:
         save(path, map(dumps, rows))
-        save(path.with_suffix(".summary.json"), [json.dumps(summary, indent=1)])
+        save(beside, [json.dumps(summary, indent=1)])
     return summary
 
 def parse_flags(argv):
@@ -791,10 +789,12 @@ def main(argv=None):
     return run(parse_flags(sys.argv[1:] if argv is None else argv))
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a console cannot show
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (InputError, MemoryError, OSError) as e:
-        print(*(f"ttsi: {line}" for line in str(e).split("\n")), sep="\n", file=sys.stderr)
+        more = "" if isinstance(e, InputError) else "; what --output holds is intact, and the run can go on"
+        print(*(f"ttsi: {line}{more}" for line in str(e).split("\n")), sep="\n", file=sys.stderr)
         sys.exit(2 if isinstance(e, InputError) else 1)
