@@ -522,6 +522,23 @@ def test_a_prompt_beyond_the_context_is_named_and_its_neighbours_are_answered(ll
     assert summary["labelled"] == 4 and list(summary["failed"]) == ["long"], "the denominator must not change"
 
 
+def test_a_request_that_the_template_refuses_is_named_and_its_neighbours_are_answered(llama, tok):
+    tok = copy.deepcopy(tok)
+    tok.chat_template = "{% for m in messages %}{% if 'hm' in m.content %}{{ raise_exception('no') }}{% endif %}[{{ m.content }}]{% endfor %}>"
+    rows = ttsi.tt_si(llama, tok, SAMPLES, config())
+    assert [bool(r["error"]) for r in rows] == [False, False, True] and all("direct" in r for r in rows[:2])
+    s = ttsi.summarise([ttsi.finish(x, y, config()) for x, y in zip(rows, SAMPLES)])
+    assert list(s["failed"]) == ["c"] and s["labelled"] == 3 and "template" in ttsi.table(s, config())
+    with contextlib.redirect_stdout(io.StringIO()):
+        ttsi.trace(tok, rows[2], ttsi.finish(rows[2], SAMPLES[2], config()), SAMPLES[2], config())
+
+
+def test_several_templates_in_one_tokenizer(tok):
+    several = copy.deepcopy(tok)
+    several.chat_template = {"default": tok.chat_template, "tool_use": "{{ 1 / 0 }}"}
+    assert ttsi.render(several, "SYSTEM", "USER") == ttsi.render(tok, "SYSTEM", "USER")
+
+
 def test_candidate_order_is_a_function_of_seed_and_names(llama, tok):
     names = lambda s, **kw: ttsi.prepare(llama, tok, s, config(**kw))["names"]
     turned = dict(SAMPLES[0], id="z", tools=SAMPLES[0]["tools"][::-1])

@@ -217,13 +217,14 @@ def prepare(model, tok, sample, cfg):
         tools = [tools[i] for i in torch.randperm(len(tools), generator=order)]
     x = {"id": sample["id"], "request": user_text(sample["messages"]), "system": system_text(tools), "tools": tools,
          "names": [t["name"] for t in tools], "labelled": "call" in sample, "cost": {}, "tok": tok,
-         "context": context(model)}
-    x["prompt"], head = render(tok, x["system"], x["request"])
-    x["ids"], x["head"] = encode(tok, x["prompt"], head)
-    n = len(x["ids"]) + cfg.max_new_tokens
-    x["candidates"] = [name_tokens(tok, x["prompt"], name) for name in x["names"] if n <= x["context"]]
-    n = max([n, *(len(ids) for ids, _ in x["candidates"])])
-    x["error"] = f"prompt and answer, {n} tokens, exceed the context of {x['context']}" * (n > x["context"])
+         "context": context(model), "error": "the chat template does not hold its request"}
+    with suppress(InputError):  # of render
+        x["prompt"], head = render(tok, x["system"], x["request"])
+        x["ids"], x["head"] = encode(tok, x["prompt"], head)
+        n = len(x["ids"]) + cfg.max_new_tokens
+        x["candidates"] = [name_tokens(tok, x["prompt"], name) for name in x["names"] if n <= x["context"]]
+        n = max([n, *(len(ids) for ids, _ in x["candidates"])])
+        x["error"] = f"prompt and answer, {n} tokens, exceed the context of {x['context']}" * (n > x["context"])
     return x
 # ---------------------------------------------------------------------------------------------- tokens, cache, stages
 Past = namedtuple("Past", "ids cache mask")  # R rows that were read; a cache; (R, slots) which slots are theirs
@@ -574,7 +575,6 @@ def interval(differences, resamples=10_000, seed=0):
     d, g = torch.tensor(differences, dtype=torch.float64), torch.Generator().manual_seed(seed)
     means = torch.stack([d[torch.randint(len(d), (len(d),), generator=g)].mean() for _ in range(resamples)])
     return means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-
 def auroc(values, right):
     """The probability that a right one has the higher value, ties count half; None where all are right, or none."""
     high, low = (torch.tensor(sorted(v for v, r in zip(values, right) if r == side)) for side in (True, False))
@@ -645,7 +645,7 @@ def trace(tok, x, row, sample, cfg):
     show = lambda heading, *lines: print(f"\n-- {heading}", *lines, sep="\n  ")
     bars = lambda logp: [f'{"#" * round(30 * p):30} {p:.3f}  log P {l:8.3f}  {name}'
                          for p, l, name in sorted(zip(softmax(logp), logp, x["names"]), reverse=True) if p == p]
-    show(f'The prompt of {row["id"]}', x["prompt"])
+    show(f'The prompt of {row["id"]}', x.get("prompt", ""))
     show("H: how likely is each tool on offer?", *bars(x.get("logp", [])), row["error"] or row["decision"])
     if "drafts" in row:
         prompt, head = render(tok, x["system"], DRAFT + x["request"])
@@ -751,7 +751,7 @@ def run(cfg):
                 save(own, [dumps(rows[s["id"]]) for s in batch], "a")
     except (MemoryError, RuntimeError) as e:
         if re.search("MemoryError|(out of|allocate|enough) memory|ALLOC_FAILED", repr(e)):
-            n = max(len(prepare(model, tok, s, cfg)["ids"]) for s in batch)
+            n = max(len(prepare(model, tok, s, cfg).get("ids", [])) for s in batch)
             e = MemoryError(f"out of memory: a prompt of {n} tokens, --batch-size {size}; lower it, or --drafts")
         raise e
     finally:
