@@ -1806,6 +1806,8 @@ def test_imports_and_layout():
     wanted = {re.split(r"\W", line)[0] for line in (HERE / "requirements.txt").read_text().split()}
     assert wanted == {"torch", "transformers", "tqdm"} and names - set(sys.stdlib_module_names) <= wanted
     assert len((HERE / "ttsi.py").read_text().splitlines()) <= 800
+    tracked = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True).stdout.split() if (HERE / ".git").exists() else []
+    assert {Path(f).parts[0] for f in tracked} <= {"ttsi.py", "test_ttsi.py", "requirements.txt", "README.md", "LICENSE", "data", ".ci", ".gitignore"}
 
 
 def test_import_has_no_side_effects():
