@@ -883,7 +883,7 @@ def test_every_bad_line_is_named(tmp_path, line, complaint):
     (["--model", "/no/such"], "--model /no/such: cannot be loaded"), (["--data", "/no/such"], "/no/such: cannot be read"),
     (["--k", "0"], "--k 0: must be"), (["--tau", "nan"], "--tau nan: must be"), (["--select", "some"], "invalid choice"),
     (["--lora_rank", "x"], "invalid int"), (["--nonsense"], "unrecognized"), (["--trace", "zzz"], "no sample has the id zzz"),
-    (["--teacher", "/no/such"], "--teacher /no/such: cannot be loaded"), (["--output", "/"], "--output /: cannot be used"), (["--output", "/proc/x/y.jsonl"], "--output /proc/x/y.jsonl: cannot be used"), (["--device", "abacus"], "cannot be loaded on abacus")])
+    (["--pairs", str(HERE / "data/demo.jsonl")], "no pairs for any sample"), (["--teacher", "/no/such"], "--teacher /no/such: cannot be loaded"), (["--output", "/"], "--output /: cannot be used"), (["--output", "/proc/x.jsonl"], "--output /proc/x.jsonl: cannot be used"), (["--output", "/proc/x/y.jsonl"], "--output /proc/x/y.jsonl: cannot be used"), (["--device", "abacus"], "cannot be loaded on abacus")])
 def test_bad_flags_are_told_in_one_line(argv, complaint):
     with pytest.raises(ttsi.InputError) as e:
         quiet(*argv)
@@ -1386,11 +1386,18 @@ def test_rows_are_on_disk_before_the_next_batch(tmp_path, monkeypatch):
     assert seen == [(0, 3, True), (3, 3, True), (6, 1, True)], "rows there, rows to come, and no byte that was not synchronised"
 
 
-def test_a_smaller_batch_goes_on_from_every_row(tmp_path):
+def test_a_smaller_batch_goes_on_from_every_row(tmp_path, monkeypatch):
     path = tmp_path / "run.jsonl"
     quiet(*BRIEF, "--output", path)
     raw = path.read_bytes().splitlines(True)
+    config = {"config": json.loads((tmp_path / "run.summary.json").read_text())["config"]}
+    (tmp_path / "run.summary.json").write_text(json.dumps(config))
     path.write_bytes(b"".join(raw[:4]) + raw[4][:99])
+    for size in (2, 3, 4, 2):  # back and forth, cut at once
+        with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+            m.setattr(ttsi, "tt_si", lambda *_: 1 / 0)
+            quiet(*BRIEF, "--output", path, "--batch-size", size)
+        assert path.read_bytes().splitlines(True) == raw[:4], "a row was thrown away"
     quiet(*BRIEF, "--output", path, "--batch-size", 2)
     now = path.read_bytes().splitlines(True)
     assert now[:4] == raw[:4] and [json.loads(a)["id"] for a in now] == [json.loads(a)["id"] for a in raw]
@@ -1405,7 +1412,7 @@ def test_a_full_disk_ends_with_one_line_and_keeps_what_is_there(tmp_path):
     room = len(b"".join(raw.splitlines(True)[:4])) + 50  # for one batch and a part of the next
     done = python(*argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
     assert done.returncode == 1 and "Traceback" not in done.stderr and re.search(r"^TT-SI .*/6 ", done.stdout, re.M)
-    assert done.stderr.splitlines()[-1].startswith("ttsi: [Errno 27] File too large; what --output holds is intact")
+    assert done.stderr.splitlines()[-1].startswith("ttsi: [Errno 27] File too large; the rows of --output stay")
     assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()[:3]] == [r["id"] for r in whole[:3]]
     quiet(*BRIEF, "--output", path)
     assert timeless(path) == whole and sorted(f.name for f in tmp_path.iterdir()) == ["run.jsonl", "run.summary.json"]
@@ -1733,7 +1740,7 @@ def test_out_of_memory_names_what_to_lower_and_the_next_run_goes_on(embedded, tm
     with monkeypatch.context() as m, pytest.raises(MemoryError) as e:
         m.setattr(ttsi, stage, full)
         quiet(*argv)
-    assert re.fullmatch(r"out of memory: a prompt of \d+ tokens, --batch-size 3; lower it, or --drafts", str(e.value))
+    assert re.fullmatch(r"out of memory: a prompt of \d+ tokens; lower --batch-size 3, or --drafts", str(e.value))
     there = path.read_bytes()
     assert there.count(b"\n") == 3 and digest(embedded[0]) == before and not hooks(embedded[0])
     quiet(*argv, "--batch-size", 2)

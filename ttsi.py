@@ -145,7 +145,6 @@ def to_sample(record):
     need(fits(record, {"accept?": {...: list}}), '"accept" must be {argument: [acceptable values]}')
     sample = {"id": record["id"], "messages": messages, "tools": tools, "call": call, "accept": record.get("accept")}
     return {key: value for key, value in sample.items() if value is not None}
-
 def to_pairs(record):
     """{id, pairs: [{request, call}]} -> pairs; the rows of a run's own --output are such records."""
     need(fits(record, {"pairs?": [dict]}), 'give {"id": ..., "pairs": [{"request": "...", "call": {...}}]}')
@@ -580,7 +579,6 @@ def auroc(values, right):
     high, low = (torch.tensor(sorted(v for v, r in zip(values, right) if r == side)) for side in (True, False))
     below = torch.searchsorted(low, high) + torch.searchsorted(low, high, right=True)  # ties are in the second only
     return below.double().mean().item() / 2 / len(low) if len(high) * len(low) else None
-
 def every_tau(rows):
     """Rows of --select all -> for each tau that matters: n adapted, call accuracy, that of adapting the others."""
     rows = sorted((r for r in rows if "scores" in r), key=lambda r: r.get("margin", 2))
@@ -706,12 +704,14 @@ def resume(path, rank, world, settings, batches):
             need(k == "batch_size" or new == before.get(k), f"it was begun with {k} = {before.get(k)!r}, not {new!r}")
         rows = {str(row.get("id")): row for row in (loads(line.decode()) for line in lines if line.endswith(b"\n"))}
         need(rows.keys() <= set().union(*batches), "its rows are not those of this run")
+        own.touch()
     except (OSError, ValueError, AttributeError) as e:  # of what is no row, or no summary
         raise InputError(f"--output {path}: cannot be used: {e}; take another name, or the same settings") from e
-    resized = before.get("batch_size") != settings["batch_size"]  # then each row counts on its own
+    resized = before.get("batch_size") != settings["batch_size"]  # from then on each row counts on its own
     rows = {i: rows[i] for ids in batches if resized or rows.keys() >= set(ids) for i in ids if i in rows}
     save(own, [dumps(rows[i]) for ids in (batches if resized else batches[rank::world]) for i in ids if i in rows])
-    lines or save(beside, [json.dumps({"config": settings}, indent=1)])
+    if resized or not lines:
+        save(beside, [json.dumps({"config": settings | {"batch_size": "mixed"} if resized else settings})])
     [file.unlink() for file in files if own == path]
     return own, beside, rows
 
@@ -727,7 +727,7 @@ def run(cfg):
     ids = [i for i in samples if i in wanted][:cfg.limit or None]
     pairs = read_jsonl(cfg.pairs, to_pairs) if cfg.pairs else None
     need(not (pairs and cfg.teacher), "--pairs or --teacher: both say what to train on; give one of them")
-    need(not pairs or any(i in pairs for i in ids), f"{cfg.pairs}: no pairs for any sample of {cfg.data}")
+    need(not pairs or any(pairs.get(i) for i in ids), f"{cfg.pairs}: no pairs for any sample of {cfg.data}")
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("output", "trace")}
     settings["sha256"] = hashlib.sha256(dumps([samples, pairs]).encode()).hexdigest()  # of data and pairs
     size = cfg.batch_size or (25 if cfg.model == Config.model else 1)
@@ -752,7 +752,7 @@ def run(cfg):
     except (MemoryError, RuntimeError) as e:
         if re.search("MemoryError|(out of|allocate|enough) memory|ALLOC_FAILED", repr(e)):
             n = max(len(prepare(model, tok, s, cfg).get("ids", [])) for s in batch)
-            e = MemoryError(f"out of memory: a prompt of {n} tokens, --batch-size {size}; lower it, or --drafts")
+            e = MemoryError(f"out of memory: a prompt of {n} tokens; lower --batch-size {size}, or --drafts")
         raise e
     finally:
         rows = [rows[i] for i in ids if i in rows]
@@ -795,6 +795,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (InputError, MemoryError, OSError) as e:
-        more = "" if isinstance(e, InputError) else "; what --output holds is intact, and the run can go on"
+        more = "" if isinstance(e, InputError) else "; the rows of --output stay, the same command goes on"
         print(*(f"ttsi: {line}{more}" for line in str(e).split("\n")), sep="\n", file=sys.stderr)
         sys.exit(2 if isinstance(e, InputError) else 1)
