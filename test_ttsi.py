@@ -1413,7 +1413,7 @@ def test_a_full_disk_ends_with_one_line_and_keeps_what_is_there(tmp_path):
     room = len(b"".join(raw.splitlines(True)[:4])) + 50  # for one batch and a part of the next
     done = python(*argv, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
     assert done.returncode == 1 and "Traceback" not in done.stderr and re.search(r"^TT-SI .*/6 ", done.stdout, re.M)
-    assert done.stderr.splitlines()[-1].startswith("ttsi: [Errno 27] File too large; the rows of --output stay")
+    assert done.stderr.splitlines()[-1].startswith("ttsi: [Errno 27] File too large; rows that are there stay")
     assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()[:3]] == [r["id"] for r in whole[:3]]
     quiet(*BRIEF, "--output", path)
     assert timeless(path) == whole and sorted(f.name for f in tmp_path.iterdir()) == ["run.jsonl", "run.summary.json"]

@@ -795,6 +795,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (InputError, MemoryError, OSError) as e:
-        more = "" if isinstance(e, InputError) else "; the rows of --output stay, the same command goes on"
+        more = "" if isinstance(e, InputError) else "; rows that are there stay, the same command goes on"
         print(*(f"ttsi: {line}{more}" for line in str(e).split("\n")), sep="\n", file=sys.stderr)
         sys.exit(2 if isinstance(e, InputError) else 1)
