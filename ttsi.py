@@ -18,9 +18,7 @@ Departures from the paper, and choices where it is silent (--paper sets everythi
  4. The LoRA acts behind the tools only (--adapt suffix): one cache of them serves every stage.
  5. Tools are offered in a seeded order (--shuffle): benchmarks list the right one first.
 
-Below: Config, Algorithm 1, H, G, T; then what carries them: model, prompts, data, scoring (alone
-sees a label), running. Letters: N candidates, R rows of T tokens, V vocabulary, K pairs, r rank.
-A span (token ids, begin) stands for ids[begin:], given ids[:begin].
+N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. A span (ids, begin) is ids[begin:].
 """
 
 import copy
@@ -45,8 +43,6 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-
 
 def flag(default, text):
     return dataclasses.field(default=default, metadata={"help": text})
@@ -56,8 +52,8 @@ def flag(default, text):
 class Config:
     """Every field is a flag. [paper]: stated there or reported from it; [ours]: our choice."""
 
-    model: str = flag(f"{HERE}/data/model", "folder or hub name of a causal language model")
-    data: str = flag(f"{HERE}/data/demo.jsonl", "samples, a JSON object a line (see README)")
+    model: str = flag(f"{Path(__file__).parent}/data/model", "folder or hub name of a model")
+    data: str = flag(f"{Path(__file__).parent}/data/demo.jsonl", "samples, JSON lines (README)")
     output: str = flag("", "a JSON row for each sample goes here; a run that was cut off goes on")
     teacher: str = flag("", "a model that writes the drafts in the other's place: TT-D [paper]")
     pairs: str = flag("", "take this file's {id, pairs: [{request, call}]} as drafts, judged alike")
@@ -102,10 +98,7 @@ class Result:
 
 
 def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
-    """Algorithm 1 for one input -> Result. It never reads the label of `sample`.
-
-    supplied: pairs in place of drafts; teacher: (model, tokenizer) that writes these (TT-D).
-    """
+    """Algorithm 1 for one input -> Result. Pairs may be supplied, or a teacher's, (model, tok)."""
     result = Result(sample["id"])
     stage = functools.partial(measured, result.cost)
 
@@ -136,7 +129,9 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
     if not result.pairs:
         return by_base("no pair")
 
-    spans, base = lesson(tok, x, result.pairs, after_tools, cfg)
+    spans = [pair_span(x, pair) for pair in result.pairs]
+    base = after_tools if cfg.adapt == "suffix" else Prefix(model, [])  # the LoRA acts behind it
+    base = base.shared_by([ids for ids, _ in spans])
     with temporary_lora(model, cfg, draw(cfg.seed, x.id, "adapter")) as lora:
         with stage("train", model):  # T: theta' = theta + LoRA, trained on (x', y')
             result.loss = train(spans, base, lora, cfg)
@@ -162,10 +157,8 @@ def measured(cost, stage, model):
 # ------------------------------------------------------------------------- H: self-awareness
 @torch.no_grad()
 def score(x, after_prompt):
-    """H. -> {tool name: log P(a_n | x), nats}, the sum over its tokens [paper].
-
-    The closing quote counts, or no name could lose to one that it begins [ours].
-    """
+    """H. -> {tool name: log P(a_n | x), nats}: the sum over its tokens [paper] and closing quote,
+    or no name could lose to one that it begins [ours]."""
     logp = logprob(x.candidates, after_prompt).double().tolist()  # N
     return dict(zip((tool["name"] for tool in x.tools), logp, strict=True))
 
@@ -200,7 +193,7 @@ def generate(model, tok, x, after_tools, cfg, supplied=None):
     except InputError as e:
         return [{"text": "", "verdict": str(e), "pair": None}]
     asked = Prefix(model, ids[:-1], after_tools)
-    while len(drafts) < cfg.attempts * cfg.drafts and len(closest(drafts, "")) < cfg.k:
+    while len(drafts) < cfg.attempts * cfg.drafts and sum(bool(d["pair"]) for d in drafts) < cfg.k:
         numbers = range(len(drafts), len(drafts) + cfg.drafts)
         draws = [draw(cfg.seed, x.id, "draft", number) for number in numbers]
         uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=g) for g in draws])
@@ -219,23 +212,21 @@ def judge(text, before, x, cfg):
     return {"text": text, "verdict": verdict or "kept", "pair": None if verdict else pair}
 
 
-TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
-TYPES |= {"array": [list], "object": [dict]}
-
-
 # FORK HERE: checks of your own. They see the request, the tools and earlier drafts, never a label.
 def fault(pair, before, x, cfg):
     """What is wrong with a pair {request, call} that was written for x, or ""."""
     request, arguments = pair["request"], pair["call"]["arguments"]
     try:
-        pair_span(x.tok, x, pair)
+        pair_span(x, pair)
     except InputError as e:  # the chat template refuses it, or it exceeds the context
         return str(e)
     tool = next((tool for tool in x.tools if tool["name"] == pair["call"]["name"]), {})
     schema = tool.get("parameters") or {}
     rules = schema.get("properties") or {}
     used = [(value, rules[key]) for key, value in arguments.items() if key in rules]
-    typed = [(type(value), TYPES.get(str(rule.get("type")))) for value, rule in used]
+    types = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
+    types |= {"array": [list], "object": [dict]}
+    typed = [(type(value), types.get(str(rule.get("type")))) for value, rule in used]
     chosen = [(value, rule["enum"]) for value, rule in used if isinstance(rule.get("enum"), list)]
     earlier = [words(draft["pair"]["request"]) for draft in before if draft["pair"]]
     copied = [value.casefold() for value in arguments.values() if isinstance(value, str)]
@@ -243,7 +234,7 @@ def fault(pair, before, x, cfg):
         "tool not on offer": not tool,
         "required argument missing": not set(schema.get("required") or []) <= set(arguments),
         "unknown argument": len(used) < len(arguments),
-        "wrong type": any(types and kind not in types for kind, types in typed),
+        "wrong type": any(allowed and kind not in allowed for kind, allowed in typed),
         "value not in enum": any(value not in enum for value, enum in chosen),
         "value not in the request": any(value not in request.casefold() for value in copied),
         "copy of the request": words(request) == words(x.request),
@@ -263,11 +254,8 @@ def closest(drafts, request):
     pairs = [draft["pair"] for draft in drafts if draft["pair"]]
     found = Counter(word for pair in pairs for word in set(words(pair["request"])))
     weight = {w: math.log((len(pairs) + 1) / (found[w] + 1)) for w in words(request)}
-
-    def overlap(pair):
-        return sum(weight[w] for w in weight if w in words(pair["request"]))
-
-    return sorted(pairs, key=overlap, reverse=True)  # stable: ties stay in order
+    overlap = [sum(v for w, v in weight.items() if w in words(p["request"])) for p in pairs]
+    return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: -overlap[i])]  # ties in order
 
 
 # ----------------------------------------------------------------------- T: self-improvement
@@ -289,12 +277,12 @@ def temporary_lora(model, cfg, generator):
     parameters, hooks, r = [], [], cfg.lora_rank
     try:
         for layer in linear_layers(model):
-            d_out, d_in = layer.weight.shape
-            if isinstance(layer, transformers.pytorch_utils.Conv1D):
-                d_in, d_out = d_out, d_in
-            A = (torch.rand(d_in, r, generator=generator) * 2 - 1) / d_in**0.5
+            W = (
+                layer.weight.T if isinstance(layer, torch.nn.Linear) else layer.weight
+            )  # d_in, d_out
+            A = (torch.rand(len(W), r, generator=generator) * 2 - 1) / len(W) ** 0.5
             A = A.to(model.device).requires_grad_()
-            B = torch.zeros(r, d_out, device=model.device, requires_grad=True)
+            B = torch.zeros(r, W.shape[1], device=model.device, requires_grad=True)
 
             def add(layer, inputs, y, A=A, B=B):  # inputs[0] (R, T, d_in), y (R, T, d_out)
                 return (y + cfg.lora_alpha / r * (inputs[0].float() @ A @ B)).to(y.dtype)
@@ -307,14 +295,6 @@ def temporary_lora(model, cfg, generator):
             hook.remove()
 
 
-def lesson(tok, x, pairs, after_tools, cfg):
-    """-> (spans of the K calls, the Prefix that the LoRA does not act on: the tools, or none)."""
-    spans = [pair_span(tok, x, pair) for pair in pairs]
-    if cfg.adapt == "full":
-        return spans, Prefix(after_tools.model, [])
-    return spans, after_tools.shared_by([ids for ids, _ in spans])
-
-
 def train(spans, base, lora, cfg):
     """T. SGD on the LoRA, in place -> the loss before each step, nats per token of the calls."""
     adamw = torch.optim.AdamW(lora, weight_decay=0.0)  # afresh: no old moments
@@ -324,14 +304,13 @@ def train(spans, base, lora, cfg):
         lr = cfg.lr * (1 + math.cos(math.pi * step / cfg.epochs)) / 2
         loss = -(logprob(spans, base) / lengths).mean()
         gradients = torch.autograd.grad(loss, lora, allow_unused=True, materialize_grads=True)
-        if cfg.optimizer == "sgd":  # FORK HERE: another update rule
-            norm = torch.nn.utils.get_total_norm(gradients).clamp(min=1e-12)  # over all parameters
-            with torch.no_grad():
-                for p, g in zip(lora, gradients, strict=True):
-                    p -= lr * g / norm
-        else:
-            for p, g in zip(lora, gradients, strict=True):
+        norm = torch.nn.utils.get_total_norm(gradients).clamp(min=1e-12)  # over all parameters
+        with torch.no_grad():
+            for p, g in zip(lora, gradients, strict=True):  # FORK HERE: another update rule
                 p.grad = g
+                if cfg.optimizer == "sgd":
+                    p -= lr * g / norm
+        if cfg.optimizer == "adamw":
             adamw.param_groups[0]["lr"] = lr
             adamw.step()
         losses.append(loss.item())
@@ -341,9 +320,7 @@ def train(spans, base, lora, cfg):
 # --------------------------------------------------------------------------------- the model
 class Prefix:
     """Token ids that a model has read, and the cache that it kept, for rows that continue them.
-
-    Rows are padded on the right, where causal attention cannot see it: no mask, no positions.
-    """
+    These are padded on the right, where causal attention cannot see it: no mask, no positions."""
 
     tokens = 0  # read so far by all models, for `measured`
 
@@ -393,11 +370,8 @@ def logprob(spans, prefix):
 
 @torch.no_grad()
 def write(tok, ids, prefix, cfg, uniform=None):
-    """-> the greedy text that continues ids, up to an end token, a call or a pair; in a list.
-
-    Or R texts, sampled by uniform (R, max_new_tokens) and the inverse of the cumulative
-    distribution, so that a row's draws are its own.
-    """
+    """-> [the greedy text that continues ids, up to an end token, a call or a pair]; or R texts,
+    sampled by uniform (R, max_new_tokens) and the inverse of the cumulative distribution."""
     ends = prefix.model.generation_config.eos_token_id  # all that is read of it: no penalties
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     prefix = prefix.shared_by([ids[:-1]])
@@ -429,10 +403,7 @@ SYSTEM = (
     'Answer the request with one tool call, a JSON object {"name": ..., "arguments": {...}} and'
     " nothing else. Tools:\n"
 )
-PLAIN = (  # for tokenizers without a chat template
-    "{{ bos_token }}{% for m in messages %}{{ {'system': '', 'user': '\n\nRequest: ',"
-    " 'assistant': '\nAnswer:\n'}[m.role] + m.content }}{% endfor %}\nAnswer:\n"
-)
+PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n\n{% endfor %}"  # no template
 RENDER = {"tokenize": False, "add_generation_prompt": True}
 RENDER |= {"enable_thinking": False, "date_string": "01 January 2026"}
 
@@ -448,7 +419,12 @@ def prepare(model, tok, sample, cfg):
     x.system = SYSTEM + "\n".join(dumps(tool) for tool in tools)
     x.request = user_text(sample["messages"])  # a dialogue is a transcript
     x.ids, x.head = read_prompt(model, tok, x.system, x.request, cfg)
-    x.candidates = [name_span(tok, x, tool["name"]) for tool in tools]  # N spans
+    x.candidates = []  # N spans: each name and its closing quote, as tokenised in a whole answer
+    for tool in tools:
+        before, name = render(tok, x.system, x.request)[0] + '{"name": "', dumps(tool["name"])[1:]
+        ends = len(before), len(before) + len(name) - 1
+        all_ids, begin, quote = encode(tok, f'{before}{name}, "arguments"', *ends)
+        x.candidates.append((all_ids[: quote + 1], begin))
     return x
 
 
@@ -475,11 +451,10 @@ def user_text(messages):
 
 def render(tok, system, user):
     """-> (prompt by the chat template, where its system text ends)."""
+    template = None if tok.chat_template else PLAIN
     turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    folded = [{"role": "user", "content": f"{system}\n\n{user}"}]
-    for messages in (turns, folded):
+    for messages in (turns, [{"role": "user", "content": f"{system}\n\n{user}"}]):
         try:
-            template = None if tok.chat_template else PLAIN
             text = tok.apply_chat_template(messages, chat_template=template, **RENDER)
         except Exception as e:  # jinja2's own: some templates raise on a system role
             text = str(e)
@@ -503,18 +478,10 @@ def read_prompt(model, tok, system, user, cfg):
     return ids, head
 
 
-def name_span(tok, x, name):
-    """-> span of a name and its closing quote, as tokenised inside a whole answer."""
-    before = render(tok, x.system, x.request)[0] + '{"name": "'
-    end = len(before) + len(dumps(name)) - 2
-    ids, begin, quote = encode(tok, f'{before}{dumps(name)[1:]}, "arguments"', len(before), end)
-    return ids[: quote + 1], begin
-
-
-def pair_span(tok, x, pair):
+def pair_span(x, pair):
     """-> span of a pair's call after the prompt of its request."""
-    prompt, _ = render(tok, x.system, pair["request"])
-    ids, begin = encode(tok, prompt + dumps(pair["call"]), len(prompt))
+    prompt, _ = render(x.tok, x.system, pair["request"])
+    ids, begin = encode(x.tok, prompt + dumps(pair["call"]), len(prompt))
     need(len(ids) <= x.context, "exceeds the context")
     return ids, begin
 
@@ -541,11 +508,8 @@ def sound(value):
 
 
 def parse(text):
-    """The first JSON object in a model's text that is a call, or a pair; or None. Untrusted data.
-
-    Text around it, braces too, is passed over. But one that is still open is not searched inside,
-    or a draft would end with the call that it holds.
-    """
+    """The first JSON object in a model's text that is a call or a pair, or None. Untrusted data.
+    One still open is not searched inside, or a draft would end with the call that it holds."""
     for brace in re.finditer("{", text):
         try:
             value, _ = DECODER.raw_decode(text, brace.start())
@@ -572,35 +536,29 @@ def to_call(value):
 
 def to_sample(record):
     """A record (README: Your own data) -> {id, messages, tools, call?, accept?}."""
-    messages, tools, accept = (record.get(key) for key in ("messages", "tools", "accept"))
+    sample = {key: record.get(key) for key in ("id", "messages", "tools", "call", "accept")}
     if "query" in record:
-        messages = [{"role": "user", "content": record["query"]}]
-    need(isinstance(messages, list) and user_text(messages), 'no request; give "messages": [...]')
-    need(isinstance(tools, list) and tools, 'no tools; give [{"name": ..., "parameters": ...}]')
-    tools = [tool.get("function", tool) for tool in tools]
-    for tool in tools:
+        sample["messages"] = [{"role": "user", "content": record["query"]}]
+    right = isinstance(sample["messages"], list) and user_text(sample["messages"])
+    need(right, 'no request; give "messages": [{"role": "user", "content": "..."}]')
+    need(isinstance(sample["tools"], list), 'no tools; give [{"name": ..., "parameters": ...}]')
+    sample["tools"] = [tool.get("function", tool) for tool in sample["tools"]]
+    for tool in sample["tools"]:
         schema = tool.get("parameters") or {}
         rules = (schema.get("properties") or {}).values()
         right = isinstance(tool.get("name"), str) and isinstance(schema.get("required") or [], list)
-        right = right and tool["name"] and all(isinstance(rule, dict) for rule in rules)
+        right = right and all(isinstance(rule, dict) for rule in rules)
         need(right, f'a tool must be {{"name": ..., "parameters": schema}}: {dumps(tool)[:80]}')
-    names = [tool["name"] for tool in tools]
-    need(len(set(names)) == len(names), f"a tool is offered twice; names must differ: {names}")
-    sample = {"id": record["id"], "messages": messages, "tools": tools}
-    if record.get("call") is not None:
-        sample["call"] = call = to_call(record["call"])
+    names = [tool["name"] for tool in sample["tools"]]
+    right = names and all(names) and len(set(names)) == len(names)
+    need(right, f"a tool is missing, without a name or offered twice: {names}")
+    if sample["call"] is not None:
+        sample["call"] = call = to_call(sample["call"])
         right = call and call["name"] in names
         need(right, f'"call" must be {{"name": ..., "arguments": {{...}}}} for one of {names}')
-    if accept is not None:
-        sample["accept"] = accept
-        right = all(isinstance(values, list) for values in accept.values())
-        need(right, '"accept" must be {argument: [acceptable values]}')
-    return sample
-
-
-def to_pairs(record):
-    """{id, pairs: [{request, call}]} -> pairs; a run's own rows are such records."""
-    return [pair | {"call": to_call(pair.get("call"))} for pair in record.get("pairs") or []]
+    right = all(isinstance(values, list) for values in (sample["accept"] or {}).values())
+    need(right, '"accept" must be {argument: [acceptable values]}')
+    return {key: value for key, value in sample.items() if value is not None}
 
 
 def read_jsonl(path, convert):
@@ -648,14 +606,14 @@ def grade(text, sample):
 def to_row(model, tok, sample, result, cfg):
     """A Result -> its row: also what answering directly gives and costs, and the grades of both."""
     row, cost = dataclasses.asdict(result), dict(result.cost)
-    if result.decision == "adapted" and "call" in sample:  # made in order to compare
-        with measured(cost, "direct", model):
-            ids = prepare(model, tok, sample, cfg).ids
-            row["direct"] = write(tok, ids, Prefix(model, []), cfg)[0]
-    elif result.decision != "adapted":
+    if result.decision != "adapted":
         row["direct"] = result.answer
         if cost:
             cost["direct"] = [a + b for a, b in zip(cost["prefill"], cost["answer"], strict=True)]
+    elif "call" in sample:  # made in order to compare
+        with measured(cost, "direct", model):
+            ids = prepare(model, tok, sample, cfg).ids
+            row["direct"] = write(tok, ids, Prefix(model, []), cfg)[0]
     if "call" in sample:
         row["scores"] = {side: grade(row[side], sample) for side in ("direct", "answer")}
         row["scores"]["first"] = sample["tools"][0]["name"] == sample["call"]["name"]
@@ -672,17 +630,17 @@ def interval(differences, resamples=10_000, seed=0):
 def summarise(rows):
     """-> counts; names and calls in percent of ALL labelled samples; costs per answered sample."""
     labelled = [row["scores"] for row in rows if "scores" in row]
-    summary = {"samples": {"all": len(rows), "labelled": len(labelled)}}
-    summary["samples"]["offer one tool"] = sum(len(row["logp"]) == 1 for row in rows)
+    single = sum(len(row["logp"]) == 1 for row in rows)
+    summary = {"samples": {"all": len(rows), "labelled": len(labelled), "with one tool": single}}
     summary["decisions"] = dict(Counter(row["decision"] for row in rows))
     summary["drafts"] = dict(Counter(d["verdict"] for row in rows for d in row["drafts"]))
     stages = ("prefill", "score", "generate", "train", "answer")
     costs = [row["cost"] for row in rows if row["cost"]] or [{}]
     for unit, name in enumerate(("seconds", "tokens")):
         part = {s: fmean(cost.get(s, (0, 0))[unit] for cost in costs) for s in stages}
-        part["all"] = sum(part.values())
-        part["direct"] = fmean([cost["direct"][unit] for cost in costs if "direct" in cost] or [0])
-        summary[name] = part | {"ratio": part["all"] / (part["direct"] or 1)}
+        total = sum(part.values())
+        direct = fmean([cost["direct"][unit] for cost in costs if "direct" in cost] or [0])
+        summary[name] = part | {"all": total, "direct": direct, "ratio": total / (direct or 1)}
     if labelled:
         summary["always first"] = {"name": 100 * fmean(scores["first"] for scores in labelled)}
         for label, side in (("direct", "direct"), ("TT-SI", "answer")):
@@ -693,20 +651,6 @@ def summarise(rows):
         points = {"call": 100 * fmean(change), "95 % from": 100 * low, "to": 100 * high}
         summary["difference"] = points | {"wins": change.count(1), "losses": change.count(-1)}
     return summary
-
-
-def trace(row, prompt, label):
-    """One sample as the paper's Figure 1 tells it. The label comes last: nothing above saw it."""
-    story = {
-        "The prompt": [prompt],
-        "H: log P of each tool, and the margin": [*row["logp"].items(), row["margin"]],
-        "G: the drafts": [f"{draft['text']}\n  -> {draft['verdict']}" for draft in row["drafts"]],
-        "T: the pairs of a temporary LoRA, and its losses": [*row["pairs"], row["loss"]],
-        f"The answer ({row['decision']}); then everything is reset": [row["answer"]],
-        "The label, which nothing above saw; the direct answer": [label, row.get("direct")],
-    }
-    for heading, lines in story.items():
-        print(f"\n-- {heading}", *lines, sep="\n  ")
 
 
 # ----------------------------------------------------------------------------------- running
@@ -725,8 +669,7 @@ def load(name, cfg):
         need(tok.is_fast and linear_layers(model), "needs a fast tokenizer and linear layers")
         model = model.to(device).eval().requires_grad_(False)
         ids, _ = encode(tok, *render(tok, "tools", "request"))
-        trial = Config(max_new_tokens=1)
-        write(tok, [*ids, tok.vocab_size - 1], Prefix(model, []), trial)
+        write(tok, [*ids, tok.vocab_size - 1], Prefix(model, []), Config(max_new_tokens=1))
     except Exception as e:  # whatever goes wrong in there is about this model or device
         why = f"cannot be loaded on {device}: {' '.join(str(e).split())[:200]}"
         raise InputError(f"{name}: {why}; give a causal language model in safetensors") from e
@@ -754,7 +697,8 @@ def save(path, lines, mode="w"):
 def resume(cfg, settings, ids, rank, world):
     """-> (this process's file, the summary's, {id: row} of the whole rows of all processes)."""
     path, stem, rows = Path(cfg.output), cfg.output.removesuffix(".jsonl"), {}
-    own, beside = Path(f"{stem}.rank{rank}of{world}.jsonl"), Path(f"{stem}.summary.json")
+    own = Path(f"{stem}.rank{rank}of{world}.jsonl") if world > 1 else path
+    beside = Path(f"{stem}.summary.json")
     ranked = re.compile(re.escape(path.stem) + r"\.rank\d+of\d+\.jsonl")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -763,16 +707,13 @@ def resume(cfg, settings, ids, rank, world):
         lines = [line for file in files for line in file.read_bytes().splitlines(keepends=True)]
         begun = json.loads(beside.read_text())["config"] if lines else settings
         for key, value in settings.items():
-            was = begun.get(key)
-            need(was == value, f"it was begun with {key} = {was!r}, not {value!r}")
+            need(begun.get(key) == value, f"begun with {key} = {begun.get(key)!r}, not {value!r}")
         for line in lines:
             if line.endswith(b"\n"):  # the last may be torn
                 row = DECODER.decode(line.decode())
                 need(row["id"] in ids, "its rows are not those of this run")
                 rows[row["id"]] = row
         summarise([*rows.values()])  # a row that is none is refused
-        if world == 1:
-            own = path
         save(own, map(dumps, rows.values()))
         save(beside, [json.dumps({"config": settings})])
         for file in set(files) - {own} if world == 1 else ():
@@ -790,8 +731,7 @@ def run(cfg):
     samples = read_jsonl(cfg.data, to_sample)
     need(cfg.trace in ("", *samples), f"--trace {cfg.trace}: {cfg.data} has no sample of this id")
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
-    pairs = read_jsonl(cfg.pairs, to_pairs) if cfg.pairs else {}
-    need(not (pairs and cfg.teacher), "--pairs or --teacher: both say what to train on")
+    pairs = read_jsonl(cfg.pairs, lambda r: list(r.get("pairs") or [])) if cfg.pairs else {}
     need(not pairs or pairs.keys() & set(ids), f"--pairs {cfg.pairs}: no pairs for any sample")
     model, tok = load(cfg.model, cfg)
     teacher = load(cfg.teacher, cfg) if cfg.teacher else None
@@ -812,9 +752,14 @@ def run(cfg):
                     save(own, [dumps(rows[i])], "a")
     finally:  # the table so far, whatever ends the run
         summary = summarise([rows[i] for i in ids if i in rows])
-        if cfg.trace in rows:
+        if cfg.trace in rows:  # the label comes last: nothing above saw it
             prompt = tok.decode(prepare(model, tok, samples[i], cfg).ids)
-            trace(rows[i], prompt, samples[i].get("call"))
+            for key, part in [
+                ("prompt", prompt),
+                *rows[i].items(),
+                ("label", samples[i].get("call")),
+            ]:
+                print(f"\n-- {key}", *(part if isinstance(part, list) else [part]), sep="\n  ")
         elif world == 1:
             for name, part in summary.items():
                 print(f"{name:12}", ", ".join(f"{key} {round(v, 3)}" for key, v in part.items()))
@@ -826,8 +771,7 @@ def run(cfg):
 
 def parse_flags(argv):
     """-> Config; a dash and an underscore in a flag's name are one."""
-    about, paper = __doc__.split("\n")[0], f"--paper stands for {PAPER}"
-    parser = transformers.HfArgumentParser(Config, description=about, epilog=paper)
+    parser = transformers.HfArgumentParser(Config, epilog=f"--paper stands for {PAPER}")
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
     argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
     cfg = Config(**vars(parser.parse_args(argv)))

@@ -13,10 +13,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3Config
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -82,6 +83,53 @@ def test_what_is_written_does_not_depend_on_the_seeds_tool():
         said = [n for n in names if n.split("_")[0] in verbs(seed, tools)]
         same += call["name"] in said[:1]
     assert abs(same / 1000 - 0.25) < 0.05, "not one of four by chance (3.6 standard deviations)"
+
+
+def test_no_tool_of_one_split_is_in_another():
+    for split, n in (("dev", 200), ("demo", 100), ("test", 500)):
+        records = read(HERE / f"{split}.jsonl")
+        offered = {t["function"]["name"] for r in records for t in r["tools"]}
+        others = {"_".join(t) for s, tools in world.TOOLS.items() if s != split for t in tools}
+        assert len(records) == n, f"{split}.jsonl has another size"
+        assert not offered & others, f"{split}: {offered & others} belong to other splits"
+
+
+def test_the_model_learns_the_very_prompts_of_the_method(tok):
+    """A prompt in training is a prompt of ttsi.py, and so are its tokens; the shipped tokenizer's."""
+    r, built = random.Random(0), world.build_tokenizer()
+    model = SimpleNamespace(config=Qwen3Config(max_position_embeddings=4096))
+    for record in world.records("dev", 20, 1, 7):
+        sample = ttsi.to_sample(record)
+        x = ttsi.prepare(model, tok, sample, ttsi.Config(shuffle=False))
+        head, rest = world.prompts(built, record["tools"], x.request)
+        tokens = [built(part, add_special_tokens=False).input_ids for part in (head, rest)]
+        assert sum(tokens, []) == x.ids, "training reads another prompt"
+        assert len(tokens[0]) == x.head, "the tools end elsewhere"
+        seed, call, request = world.draft_triple(r, record["tools"])
+        x.request = seed  # nothing but a copy of it would be refused
+        draft = ttsi.judge(world.draft_text(call, request), [], x, ttsi.Config())
+        assert draft["pair"] == {"request": request, "call": call}, f"{draft}: training fails"
+
+
+def small(folder, **changes):
+    """The flags of a training of seconds."""
+    flags = {"seed": 0, "steps": 3, "hidden": 32, "layers": 1, "ff": 32, "lr": 3e-3, "muon": 0.02}
+    flags |= {"tied": False, "bf16": False, "teacher": False, "compile": False, "threads": 2}
+    return argparse.Namespace(**flags | {"minutes": 0, "checkpoint": folder} | changes)
+
+
+def test_training_goes_on_where_it_was_stopped(tok, tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "evaluate", lambda *_: "")
+    world.train(small(tmp_path), tok)
+    at_once = torch.load(tmp_path / "state.pt", weights_only=True)
+    (tmp_path / "state.pt").unlink()
+    for _ in range(3):
+        with pytest.raises(SystemExit, match="goes on from there"):
+            world.train(small(tmp_path, minutes=1e-9), tok)  # stopped after every step
+    stopped = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert at_once["step"] == stopped["step"] == 3, "a step was lost, or done twice"
+    for name, weight in at_once["model"].items():
+        assert torch.equal(weight, stopped["model"][name]), f"{name} differs from one sitting"
 
 
 # ---------------------------------------------------------------------------- the converter
