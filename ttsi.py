@@ -277,9 +277,7 @@ def temporary_lora(model, cfg, generator):
     parameters, hooks, r = [], [], cfg.lora_rank
     try:
         for layer in linear_layers(model):
-            W = (
-                layer.weight.T if isinstance(layer, torch.nn.Linear) else layer.weight
-            )  # d_in, d_out
+            W = layer.weight.T if isinstance(layer, torch.nn.Linear) else layer.weight
             A = (torch.rand(len(W), r, generator=generator) * 2 - 1) / len(W) ** 0.5
             A = A.to(model.device).requires_grad_()
             B = torch.zeros(r, W.shape[1], device=model.device, requires_grad=True)
