@@ -61,7 +61,9 @@ class Config:
     trace: str = flag("", "tell the sample of this id step by step")
     seed: int = flag(0, "of drafts, LoRA initialisation and candidate order")
     device: str = flag("auto", "a torch device; auto: cuda, else mps, else cpu")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "on a cpu float32")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "auto: on a cpu float32"
+    )
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
     tau: float = flag(0.95, "adapt where the margin is below it; 2: always, 0: never [paper]")
     k: int = flag(1, "pairs to train on, at most [paper]")
@@ -194,8 +196,7 @@ def generate(model, tok, x, after_tools, cfg, supplied=None):
         return [{"text": "", "verdict": str(e), "pair": None}]
     asked = Prefix(model, ids[:-1], after_tools)
     while len(drafts) < cfg.attempts * cfg.drafts and sum(bool(d["pair"]) for d in drafts) < cfg.k:
-        numbers = range(len(drafts), len(drafts) + cfg.drafts)
-        draws = [draw(cfg.seed, x.id, "draft", number) for number in numbers]
+        draws = [draw(cfg.seed, x.id, "draft", len(drafts) + i) for i in range(cfg.drafts)]
         uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=g) for g in draws])
         for text in write(tok, ids, asked, cfg, uniform):
             drafts.append(judge(text, drafts, x, cfg))
@@ -266,8 +267,7 @@ def linear_layers(model):
     return [layer for layer in layers if isinstance(layer, kinds) and layer is not head]
 
 
-# FORK HERE: another adapter.
-@contextmanager
+@contextmanager  # FORK HERE: another adapter
 def temporary_lora(model, cfg, generator):
     """A LoRA on every linear layer -> its parameters, float32. Leaving the block is the reset.
 
@@ -539,8 +539,7 @@ def to_sample(record):
         sample["messages"] = [{"role": "user", "content": record["query"]}]
     right = isinstance(sample["messages"], list) and user_text(sample["messages"])
     need(right, 'no request; give "messages": [{"role": "user", "content": "..."}]')
-    need(isinstance(sample["tools"], list), 'no tools; give [{"name": ..., "parameters": ...}]')
-    sample["tools"] = [tool.get("function", tool) for tool in sample["tools"]]
+    sample["tools"] = [tool.get("function", tool) for tool in sample["tools"] or []]
     for tool in sample["tools"]:
         schema = tool.get("parameters") or {}
         rules = (schema.get("properties") or {}).values()
@@ -549,7 +548,7 @@ def to_sample(record):
         need(right, f'a tool must be {{"name": ..., "parameters": schema}}: {dumps(tool)[:80]}')
     names = [tool["name"] for tool in sample["tools"]]
     right = names and all(names) and len(set(names)) == len(names)
-    need(right, f"a tool is missing, without a name or offered twice: {names}")
+    need(right, f'no tools, or one twice: {names}; give [{{"name": ..., "parameters": ...}}, ...]')
     if sample["call"] is not None:
         sample["call"] = call = to_call(sample["call"])
         right = call and call["name"] in names
@@ -630,7 +629,12 @@ def summarise(rows):
     labelled = [row["scores"] for row in rows if "scores" in row]
     single = sum(len(row["logp"]) == 1 for row in rows)
     summary = {"samples": {"all": len(rows), "labelled": len(labelled), "with one tool": single}}
-    summary["decisions"] = dict(Counter(row["decision"] for row in rows))
+    named = [
+        row["id"] + ": " if "not" in row["decision"] else "" for row in rows
+    ]  # what went wrong
+    summary["decisions"] = dict(
+        Counter(i + r["decision"] for i, r in zip(named, rows, strict=True))
+    )
     summary["drafts"] = dict(Counter(d["verdict"] for row in rows for d in row["drafts"]))
     stages = ("prefill", "score", "generate", "train", "answer")
     costs = [row["cost"] for row in rows if row["cost"]] or [{}]
@@ -659,12 +663,11 @@ def load(name, cfg):
     if found and device == str(found) and "LOCAL_RANK" in os.environ:  # torchrun
         device += ":" + os.environ["LOCAL_RANK"]
     dtype = "float32" if cfg.dtype == "auto" and device == "cpu" else cfg.dtype
-    how = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    how = dict(dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False)
     try:
-        tok = transformers.AutoTokenizer.from_pretrained(name)
+        tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         need(not info["missing_keys"], f"weights are missing: {sorted(info['missing_keys'])}")
-        need(tok.is_fast and linear_layers(model), "needs a fast tokenizer and linear layers")
         model = model.to(device).eval().requires_grad_(False)
         ids, _ = encode(tok, *render(tok, "tools", "request"))
         write(tok, [*ids, tok.vocab_size - 1], Prefix(model, []), Config(max_new_tokens=1))
@@ -675,8 +678,9 @@ def load(name, cfg):
 
 
 def fingerprint(model, tok):
-    """What a model is, wherever it lies: its weights, vocabulary and chat template."""
-    digest = hashlib.sha256(f"{tok.backend_tokenizer.to_str()}{tok.chat_template}".encode())
+    """What a model is, wherever it lies: configuration, vocabulary, chat template and weights."""
+    digest = hashlib.sha256(f"{model.config}{tok.backend_tokenizer.to_str()}".encode())
+    digest.update(f"{tok.chat_template}".encode())
     for weight in model.state_dict().values():
         digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -733,9 +737,12 @@ def run(cfg):
     need(not pairs or pairs.keys() & set(ids), f"--pairs {cfg.pairs}: no pairs for any sample")
     model, tok = load(cfg.model, cfg)
     teacher = load(cfg.teacher, cfg) if cfg.teacher else None
-    settings = dataclasses.asdict(cfg) | {"output": "", "model": fingerprint(model, tok)}
+    settings = dataclasses.asdict(cfg) | {
+        "output": "",
+        "pairs": "",
+        "model": fingerprint(model, tok),
+    }
     settings["teacher"] = fingerprint(*teacher) if teacher else ""
-    settings["pairs"] = bool(pairs)
     settings["data"] = hashlib.sha256(dumps([samples, pairs]).encode()).hexdigest()[:16]
     own, beside, rows = resume(cfg, settings, ids, rank, world) if cfg.output else ("", "", {})
     print(f"{len(ids)} samples of {cfg.data}; {cfg.model}, {model.dtype} on {model.device}:")
@@ -752,11 +759,8 @@ def run(cfg):
         summary = summarise([rows[i] for i in ids if i in rows])
         if cfg.trace in rows:  # the label comes last: nothing above saw it
             prompt = tok.decode(prepare(model, tok, samples[i], cfg).ids)
-            for key, part in [
-                ("prompt", prompt),
-                *rows[i].items(),
-                ("label", samples[i].get("call")),
-            ]:
+            story = {"prompt": prompt} | rows[i] | {"label": samples[i].get("call")}
+            for key, part in story.items():
                 print(f"\n-- {key}", *(part if isinstance(part, list) else [part]), sep="\n  ")
         elif world == 1:
             for name, part in summary.items():

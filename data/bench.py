@@ -127,24 +127,12 @@ class Bench:
         assert result.cost.keys() == stages, (result.decision, result.cost)
         assert all(result.cost[stage][1] >= n for stage, n in least.items()), "it ended early"
 
-    def direct(self):
-        """The answer of the base model, prompt included."""
-        ttsi.write(self.tok, self.x.ids, self.nothing, self.cfg)
-
     @torch.no_grad()
     def library_generate(self):
-        """The same by transformers."""
+        """The base model's answer, prompt included."""
         ids = torch.tensor([self.x.ids], device=self.model.device)
         limits = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "pad_token_id": 0}
         self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **limits)
-
-    def prompt(self):
-        """The prompt is read, and nothing else."""
-        ttsi.Prefix(self.model, self.x.ids[:-1])
-
-    def score(self):
-        """H, its prompt in the cache."""
-        ttsi.score(self.x, self.after_prompt)
 
     @torch.no_grad()
     def score_whole(self):
@@ -225,14 +213,15 @@ def costs(args):
         sample = next(iter(ttsi.read_jsonl(args.data, ttsi.to_sample).values()))
     cfg = ttsi.Config(max_new_tokens=ANSWER, drafts=1, attempts=1, shuffle=False)
     bench = Bench(model, tok, sample, cfg)
+    x = bench.x
     things = {
-        "direct": bench.direct,
+        "direct": functools.partial(ttsi.write, tok, x.ids, bench.nothing, cfg),
         "direct, transformers.generate": bench.library_generate,
-        "prompt alone": bench.prompt,
+        "prompt alone": functools.partial(ttsi.Prefix, model, x.ids[:-1]),
         "certain": functools.partial(bench.tt_si, tau=0.0),
         "uncertain, suffix": functools.partial(bench.tt_si, tau=2.0),
         "uncertain, full": functools.partial(bench.tt_si, tau=2.0, adapt="full"),
-        "H, after the prompt": bench.score,
+        "H, after the prompt": functools.partial(ttsi.score, x, bench.after_prompt),
         "H, whole prompts": bench.score_whole,
         "T, suffix": bench.train,
         "T, full": functools.partial(bench.train, adapt="full"),
@@ -251,7 +240,7 @@ def costs(args):
         if a in seconds:
             targets.append((a, b, over(seconds[a], seconds[b]), wanted))
 
-    x, read = bench.x, rows["prompt alone"]["seconds"]
+    read = rows["prompt alone"]["seconds"]
     written = (rows["direct"]["seconds"] - read) / ANSWER
     step = written / (read / len(x.ids))
     shape = (

@@ -1,14 +1,16 @@
-"""The evidence: variants, baselines and controls, composed of what ttsi.py exports; their tables and figures.
+"""The evidence: variants, baselines and controls, composed of what ttsi.py exports.
 
-    python data/experiments.py                                 # all but the tuning, on the test split: a few hours
-    python data/experiments.py --quick                         # on 10 items of dev, one seed: do all of them run?
-    python data/experiments.py tune-G tune-T tune-B adapt --data data/dev.jsonl   # from these the settings were chosen
-    python data/experiments.py main --only accepted --model M --data D.jsonl      # any model, any canonical data
+    python data/experiments.py                # all but the tuning, on the test split: hours
+    python data/experiments.py --quick        # on 10 items of dev, one seed: do all of them run?
+    python data/experiments.py tune-G tune-T tune-B adapt --data data/dev.jsonl   # chose settings
+    python data/experiments.py main --only accepted --model M --data D.jsonl      # any model, data
 
-Runs go to runs/ and are resumed; the numbers go to data/results/, and from there into the figures beside them and into
-the READMEs, between markers. A seed is one draw of drafts, adapter initialisations and tool order; the model is one and
-the same. Nothing here is needed by ttsi.py, and nothing is added to it but for the time of one run (`patched`).
+Runs go to runs/ and are resumed; the numbers go to data/results/, and from there into the figures
+beside them and into the READMEs, between markers. A seed is one draw of drafts, LoRA
+initialisations and tool order; the model is one and the same. Nothing here is needed by ttsi.py,
+and nothing is added to it but for the time of one run (`patched`).
 """
+
 import argparse
 import contextlib
 import copy
@@ -17,6 +19,7 @@ import gzip
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -25,15 +28,19 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 import ttsi  # noqa: E402
 import world  # noqa: E402
 
-# ------------------------------------------------------------------------------------------------------------ runs
+# --------------------------------------------------------------------------------------- runs
+ALL, NONE = "--tau 2", "--tau 0"  # who is adapted
+VOTES = 5
 
 
 class Skip(Exception):
@@ -41,29 +48,34 @@ class Skip(Exception):
 
 
 class Lab:
-    """Where runs are kept: one folder per version of ttsi.py, of the model's weights and of the data, so that none is
-    stale; one below it per version of a function that takes the place of another (`patched`)."""
+    """Where runs are kept. One folder per version of ttsi.py, of the model's weights and of the
+    data, so that none is stale; one below it per version of a function that takes the place of
+    another (`patched`)."""
 
     def __init__(self, args):
         self.args, self.limit, self.loaded = args, args.limit, None
-        digest = hashlib.sha256((HERE.parent / "ttsi.py").read_bytes() + (HERE / "world.py").read_bytes())
-        models = [file for folder in (args.model, args.teacher) if folder for file in sorted(Path(folder).glob("*.*"))]
-        for file in (*models, Path(args.data)):
-            digest.update(file.read_bytes())
+        files = [HERE.parent / "ttsi.py", HERE / "world.py", Path(args.data)]
+        for folder in filter(None, (args.model, args.teacher)):
+            files += sorted(Path(folder).glob("*.*"))
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
         self.runs = HERE.parent / "runs" / digest.hexdigest()[:12]
         self.runs.mkdir(parents=True, exist_ok=True)
-        self.embedded = args.model == ttsi.Config.model and Path(args.data).resolve().parent == HERE
+        here = Path(args.data).resolve().parent == HERE
+        self.embedded = here and args.model == ttsi.Config.model
 
     def config(self, seed, flags=""):
-        return ttsi.parse_flags(["--model", self.args.model, "--data", self.args.data, "--seed", str(seed),
-                                 *(["--limit", str(self.limit)] if self.limit else []), *shlex.split(self.args.flags),
-                                 *shlex.split(flags)])
+        argv = ["--model", self.args.model, "--data", self.args.data, "--seed", str(seed)]
+        if self.limit:
+            argv += ["--limit", str(self.limit)]
+        return ttsi.parse_flags([*argv, *shlex.split(self.args.flags), *shlex.split(flags)])
 
     def path(self, seed, flags=""):
-        """`python ttsi.py --seed SEED FLAGS`, unless it was run before, on these items or on all -> file of its rows."""
-        cfg, whole = self.config(seed, flags), self.config(seed, f"{flags} --limit 0")
+        """The file of the rows of `python ttsi.py --seed SEED FLAGS`, which is run if it was not
+        before, on these items or on all."""
+        whole, cfg = self.config(seed, f"{flags} --limit 0"), self.config(seed, flags)
         for c in (whole, cfg):
-            c.output = str(self.runs / (hashlib.sha256(json.dumps(vars(c)).encode()).hexdigest()[:16] + ".jsonl"))
+            name = hashlib.sha256(json.dumps(vars(c)).encode()).hexdigest()[:16]
+            c.output = str(self.runs / f"{name}.jsonl")
             done = Path(c.output).with_suffix(".done")
             if done.exists():
                 return c.output
@@ -74,7 +86,11 @@ class Lab:
         return cfg.output
 
     def run(self, seed, flags=""):
-        return [json.loads(line) for line in open(self.path(seed, flags), encoding="utf-8")][:self.limit or None]
+        """-> the rows of `path`."""
+        return read_rows(self.path(seed, flags))[: self.limit or None]
+
+    def rows(self, seed, flags=""):
+        return {row["id"]: row for row in self.run(seed, flags)}
 
     def file(self, records):
         """Records in a file of their own, named by what is in it -> its path, quoted."""
@@ -88,17 +104,35 @@ class Lab:
         return f"--pairs {self.file({'id': i, 'pairs': p} for i, p in pairs.items())}"
 
     def samples(self, cfg):
-        return list(ttsi.read_jsonl(cfg.data, ttsi.to_sample).values())[:cfg.limit or None]
+        return list(ttsi.read_jsonl(cfg.data, ttsi.to_sample).values())[: cfg.limit or None]
 
-    def batches(self, cfg):
-        """-> (model, tokenizer, the samples of cfg.data in batches)."""
-        self.loaded = self.loaded or ttsi.load(cfg)
-        samples, size = self.samples(cfg), 25 if self.embedded else 1
-        return *self.loaded, [samples[i:i + size] for i in range(0, len(samples), size)]
+    def base(self, cfg):
+        """-> (model, tokenizer), loaded once."""
+        self.loaded = self.loaded or ttsi.load(cfg.model, cfg)
+        return self.loaded
+
+    def embedded_only(self):
+        if not self.embedded:
+            raise Skip("only the embedded world can be made anew")
+
+    def prepared(self, cfg):
+        """Yields (sample, what a method may see of it), without those that no run answers."""
+        for sample in tqdm(self.samples(cfg)):
+            try:
+                x = ttsi.prepare(*self.base(cfg), sample, cfg)
+            except ttsi.InputError:
+                continue
+            yield sample, x
+
+
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def kept(f):
-    """What f(lab, ...) gives is kept beside the runs, under its arguments and all that stands in this file before tables."""
+    """What f(lab, ...) gives is kept beside the runs, under its arguments and all that stands in
+    this file before the tables."""
+
     @functools.wraps(f)
     def once(lab, *args):
         source = Path(__file__).read_text(encoding="utf-8").partition("-" * 20 + " tables")[0]
@@ -106,18 +140,20 @@ def kept(f):
         path = lab.runs / f"{f.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if not path.exists():
             print(f"{f.__name__} {args}", file=sys.stderr, flush=True)
-            path.with_suffix(".part").write_text(json.dumps(f(lab, *args)), encoding="utf-8")
-            os.replace(path.with_suffix(".part"), path)
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(f(lab, *args)), encoding="utf-8")
+            os.replace(part, path)
         return json.loads(path.read_text(encoding="utf-8"))
+
     return once
 
 
 @contextlib.contextmanager
 def patched(lab, **functions):
     """ttsi.py with other functions -> a Lab whose runs lie apart."""
-    folder = hashlib.sha256("".join(map(inspect.getsource, functions.values())).encode()).hexdigest()[:12]
+    source = "".join(map(inspect.getsource, functions.values()))
     elsewhere, ours = copy.copy(lab), {name: getattr(ttsi, name) for name in functions}
-    elsewhere.runs = lab.runs / folder
+    elsewhere.runs = lab.runs / hashlib.sha256(source.encode()).hexdigest()[:12]
     elsewhere.runs.mkdir(exist_ok=True)
     try:
         vars(ttsi).update(functions)
@@ -126,31 +162,39 @@ def patched(lab, **functions):
         vars(ttsi).update(ours)
 
 
-def start(model, tok, samples, cfg):
-    """-> what every composition begins with: the samples as the model sees them, the caches of tool lists and prompts.
-    Samples beyond the context are left out, as they are of every run."""
-    xs = [x for x in (ttsi.prepare(model, tok, sample, cfg) for sample in samples) if not x["error"]]
-    return xs, *(ttsi.prefill(model, tok, xs, []) if xs else (None, None))
+def prefixes(model, x):
+    """-> the prefixes that every composition begins with: of the tools, and of the prompt."""
+    after_tools = ttsi.Prefix(model, x.ids[: x.head])
+    return after_tools, ttsi.Prefix(model, x.ids[:-1], after_tools)
 
 
-# ------------------------------------------------------------------------------------------------ who is adapted
+# ----------------------------------------------------------------------------- who is adapted
+def instead(row, text, right, decision, cost):
+    """A row that is answered with this text, graded `right`, at this cost; without any pair."""
+    answered = {"answer": text, "scores": row["scores"] | {"answer": right}, "decision": decision}
+    nothing = {"drafts": [], "pairs": [], "loss": []}
+    return row | nothing | answered | {"cost": cost | spent(row, "direct")}
+
+
+def spent(row, *stages):
+    return {stage: row["cost"][stage] for stage in stages}
 
 
 def gate(rows, chosen):
-    """Rows of a run with --select all -> rows as if only the chosen samples had been adapted: each was answered both
-    ways, and samples do not touch each other."""
+    """Rows of a run with --tau 2 -> rows as if only the chosen samples had been adapted. Each was
+    answered both ways, and samples do not touch each other."""
     out = []
-    for row, adapt in zip(rows, chosen):
-        if not adapt and not row["error"]:
-            row = {k: v for k, v in row.items() if k not in ("adapted", "drafts", "pairs", "loss")}
-            row["cost"] = {stage: row["cost"][stage] for stage in ("prefill", "score", "direct")}
-            row["scores"] = row["scores"] | {"ttsi": row["scores"]["direct"]}
+    for row, adapt in zip(rows, chosen, strict=True):
+        if not adapt and "generate" in row["cost"]:
+            cost = spent(row, "score") | {"answer": row["cost"]["direct"]}  # prompt included
+            row = instead(row, row["direct"], row["scores"]["direct"], "certain", cost)
         out.append(row)
     return out
 
 
 def margin(row):
-    return row.get("margin", 2.)  # a sample that could not be answered is never adapted
+    """Its margin; 2 where there is none: such a sample is never adapted."""
+    return 2.0 if row["margin"] is None else row["margin"]
 
 
 def uncertain(rows, tau=ttsi.Config.tau):
@@ -161,209 +205,250 @@ def certain(rows, tau=ttsi.Config.tau):
     return gate(rows, [margin(row) >= tau for row in rows])
 
 
+def gated(lab, seed, choose):
+    return choose(lab.run(seed, ALL))
+
+
 def a_random_subset(lab, seed):
     """As many samples as are uncertain, drawn without looking at them."""
-    rows = lab.run(seed, "--select all")
+    rows = lab.run(seed, ALL)
     n = sum(margin(row) < ttsi.Config.tau for row in rows)
     order = torch.randperm(len(rows), generator=ttsi.draw(seed, "subset")).tolist()
-    return gate(rows, [order[i] < n for i in range(len(rows))])
+    return gate(rows, [place < n for place in order])
 
 
 def within_budget(lab, seed, share):
-    """Tau without labels: the quantile of the margins of other samples, dev's, below which this share of them lies."""
-    others = f"--data {shlex.quote(str(HERE / 'dev.jsonl'))} --limit 0" if lab.embedded else ""
-    margins = sorted(map(margin, map(json.loads, open(lab.path(seed, f"--method direct {others}"), encoding="utf-8"))))
-    return uncertain(lab.run(seed, "--select all"), margins[int(share * len(margins))])
+    """Tau without labels: so that this share of other samples, dev's, lies below it."""
+    dev = shlex.quote(str(HERE / "dev.jsonl"))
+    others = f"--data {dev} --limit 0" if lab.embedded else ""
+    margins = sorted(margin(row) for row in read_rows(lab.path(seed, f"{NONE} {others}")))
+    return uncertain(lab.run(seed, ALL), margins[int(share * len(margins))])
 
 
-# ------------------------------------------------------------------------------------------------- other pairs
-
-
+# -------------------------------------------------------------------------------- other pairs
 def priced(rows, written):
-    """Rows of a run on pairs from a file, with the cost of writing these: that of the run which wrote them."""
-    generate = {w["id"]: {"generate": w["cost"]["generate"]} for w in written if "generate" in w["cost"]}
-    return [row | {"cost": row["cost"] | generate.get(row["id"], {})} for row in rows]
+    """Rows of a run on pairs from a file, with what writing these cost: in the run that did."""
+    cost = {row["id"]: spent(row, "generate") for row in written if "generate" in row["cost"]}
+    return [row | {"cost": row["cost"] | cost.get(row["id"], {})} for row in rows]
 
 
+def with_pairs(tok, x, pairs):
+    """-> token ids of the prompt in which these pairs are earlier turns."""
+    turns = []
+    for pair in pairs:
+        turns.append({"role": "user", "content": pair["request"]})
+        turns.append({"role": "assistant", "content": ttsi.dumps(pair["call"])})
+    turns.append({"role": "user", "content": x.request})
+    system = {"role": "system", "content": x.system}
+    folded = {"role": "user", "content": f"{x.system}\n\n{turns[0]['content']}"}
+    template = None if tok.chat_template else ttsi.PLAIN
+    for messages in ([system, *turns], [folded, *turns[1:]]):  # as ttsi.render does
+        try:
+            text = tok.apply_chat_template(messages, chat_template=template, **ttsi.RENDER)
+        except Exception as e:
+            text = str(e)
+        end = text.find(x.system) + len(x.system)
+        if x.system in text and x.request in text[end:]:
+            return ttsi.encode(tok, text)[0]
+    raise ttsi.InputError(f"the chat template does not hold the pairs: {text[:80]}")
+
+
+@kept
 def shown(lab, seed):
     """TT-ICL: the pairs of the default run stand in the prompt, nothing is trained."""
-    written = lab.run(seed)
-    return priced(lab.run(seed, f"--method icl {lab.pairs({w['id']: w.get('pairs', []) for w in written})}"), written)
+    cfg, out = lab.config(seed), lab.rows(seed)
+    model, tok = lab.base(cfg)
+    for sample, x in lab.prepared(cfg):
+        row = out[x.id]
+        if not row["pairs"]:
+            continue
+        ids, cost = with_pairs(tok, x, row["pairs"]), spent(row, "score", "generate")
+        if len(ids) + cfg.max_new_tokens > x.context:
+            cost["answer"] = row["cost"]["direct"]  # prompt included
+            given = row["direct"], row["scores"]["direct"], "pairs exceed the context"
+        else:
+            after_tools, _ = prefixes(model, x)
+            with ttsi.measured(cost, "answer", model):
+                text = ttsi.write(tok, ids, after_tools, cfg)[0]
+            cost |= spent(row, "prefill")
+            given = text, ttsi.grade(text, sample), "adapted"
+        out[x.id] = instead(row, *given, cost) | {"drafts": row["drafts"], "pairs": row["pairs"]}
+    return list(out.values())
 
 
 def others_pairs(lab, seed):
     """Every sample is adapted to the pairs that were written for the next one."""
-    written = lab.run(seed, "--select all")
-    moved = {row["id"]: after.get("pairs", []) for row, after in zip(written, written[1:] + written[:1])}
-    return priced(lab.run(seed, f"--select all --no-check {lab.pairs(moved)}"), written)
+    written, moved = lab.run(seed, ALL), {}
+    for row, after in zip(written, written[1:] + written[:1], strict=True):
+        moved[row["id"]] = after["pairs"]
+    return priced(lab.run(seed, f"{ALL} --no-check {lab.pairs(moved)}"), written)
 
 
 def the_item_itself(lab, seed):
-    """NOT a method, an upper bound: every sample is adapted to its own request and LABEL, which ttsi.py refuses."""
-    def supplied(xs, pairs, cfg):
-        return [[{"text": "", "verdict": "the label", "pair": pair} for pair in pairs[x["id"]]] for x in xs]
-    own = {s["id"]: [{"request": ttsi.user_text(s["messages"]), "call": s["call"]}] for s in lab.samples(lab.config(seed))}
-    with patched(lab, supplied=supplied) as elsewhere:
-        return elsewhere.run(seed, f"--select all {lab.pairs(own)}")
+    """NOT a method, an upper bound: every sample is adapted to its own request and LABEL. ttsi.py
+    refuses that, as a copy of the request."""
 
+    def fault(pair, before, x, cfg):
+        found = ours(pair, before, x, cfg)
+        return "" if found == "copy of the request" else found
 
-@ttsi.metered
-def read_back(model, tok, xs, past, cfg):
-    """-> for each sample, what the base model answers to the requests of its drafts."""
-    rows = [(i, ttsi.pair_tokens(tok, x, d["pair"])) for i, x in enumerate(xs) for d in x["drafts"] if d["pair"]]
-    out = [[] for _ in xs]
-    if rows:
-        texts = ttsi.decode(model, tok, [ids[:begin] for _, (ids, begin) in rows], [begin for _, (_, begin) in rows],
-                            cfg.max_new_tokens, past)
-        for (i, _), text in zip(rows, texts):
-            out[i].append(text)
-    return out
+    ours, own = ttsi.fault, {}
+    for s in lab.samples(lab.config(seed)):
+        own[s["id"]] = [{"request": ttsi.user_text(s["messages"]), "call": s["call"]}]
+    with patched(lab, fault=fault) as elsewhere:
+        return elsewhere.run(seed, f"{ALL} --no-check {lab.pairs(own)}")
 
 
 @kept
 def round_trip(lab, seed, agree):
-    """Only drafts whose request the model answers with their call are kept; or, as a control, only the others."""
-    rows, cfg = {row["id"]: row for row in lab.run(seed)}, lab.config(seed)
-    model, tok, batches = lab.batches(cfg)
-    pairs, cost = {}, {}
-    for samples in tqdm(batches):
-        xs, tools, _ = start(model, tok, samples, cfg)
-        xs = [x | {"drafts": rows[x["id"]]["drafts"]} for x in xs if "drafts" in rows[x["id"]]]
-        for x, texts in zip(xs, read_back(model, tok, xs, tools, cfg)):
-            mine = [d["pair"] for d in x["drafts"] if d["pair"]]
-            pairs[x["id"]] = [p for p, text in zip(mine, texts) if ttsi.grade(text, {"call": p["call"]})["call"] == agree]
-            cost[x["id"]] = {"read_back": x["cost"].get("read_back", (0, 0))}
-    trained = priced(lab.run(seed, lab.pairs(pairs)), rows.values())
-    return [row | {"cost": row["cost"] | cost.get(row["id"], {})} for row in trained]
+    """Only drafts whose request the model answers with their call; or, as a control, the others."""
+    cfg, rows = lab.config(seed), lab.rows(seed)
+    model, tok = lab.base(cfg)
+    pairs = {i: [] for i in rows}
+    for _, x in lab.prepared(cfg):
+        after_tools, _ = prefixes(model, x)
+        for pair in [draft["pair"] for draft in rows[x.id]["drafts"] if draft["pair"]]:
+            ids, begin = ttsi.pair_span(x, pair)
+            with ttsi.measured(rows[x.id]["cost"], "generate", model):
+                text = ttsi.write(tok, ids[:begin], after_tools, cfg)[0]
+            if ttsi.grade(text, {"call": pair["call"]})["call"] == agree:
+                pairs[x.id].append(pair)
+    return priced(lab.run(seed, lab.pairs(pairs)), rows.values())
 
 
 @kept
 def stream(lab, seed, lr):
-    """One adapter for all, in the file's order, never reset: it scores, is trained where it is uncertain, and answers. The
-    pairs are those that the base model wrote. One sample at a time, so its seconds are not those of a batch."""
-    written, cfg = {row["id"]: row for row in lab.run(seed, "--select all")}, lab.config(seed, f"--lr {lr}")
-    model, tok, _ = lab.batches(cfg)
-    kept_theta, out = None, []
-    for sample in tqdm(lab.samples(cfg)):
-        row = written[sample["id"]]
-        xs, tools, _ = start(model, tok, [sample], cfg)
-        for x in xs:
-            with ttsi.adapters(model, xs, cfg) as theta:
-                for p, q in zip(theta, kept_theta or theta):
-                    p.data.copy_(q)
-                u = ttsi.certainty(ttsi.score(model, tok, xs, tools, cfg)[0])
-                x["pairs"] = row.get("pairs", []) if u < cfg.tau else []
-                if x["pairs"]:
-                    ttsi.train(model, tok, xs, theta, tools, cfg)
-                text, = ttsi.answer(model, tok, xs, tools, cfg)
-                kept_theta = [p.detach().clone() for p in theta]
-            cost = {"generate": row["cost"]["generate"]} if u < cfg.tau else {}
-            row = instead(row, sample, text, **{k: v for k, v in x["cost"].items() if k != "prefill"}, **cost)
-            row |= {"trained": bool(x["pairs"]), "margin now": u}
-        out.append(row)
-    return out
+    """One LoRA for all, in the file's order, never reset. It scores, is trained where it is
+    uncertain, and answers. The pairs are those that the base model wrote."""
+    cfg, out = lab.config(seed, f"--lr {lr}"), lab.rows(seed, ALL)
+    model, tok = lab.base(cfg)
+    learned = None
+    for sample, x in lab.prepared(cfg):
+        row, cost = out[x.id], {}
+        stage = functools.partial(ttsi.measured, cost, model=model)
+        with stage("prefill"):
+            after_tools = ttsi.Prefix(model, x.ids[: x.head])
+        spans = [ttsi.pair_span(x, pair) for pair in row["pairs"]]
+        base = after_tools if cfg.adapt == "suffix" else ttsi.Prefix(model, [])
+        base = base.shared_by([ids for ids, _ in spans])
+        with ttsi.temporary_lora(model, cfg, ttsi.draw(cfg.seed, x.id, "adapter")) as lora:
+            with torch.no_grad():
+                for p, before in zip(lora, learned or lora, strict=True):
+                    p.copy_(before)
+            with stage("prefill"):
+                prefix = ttsi.Prefix(model, x.ids[:-1], base)
+            with stage("score"):
+                u = ttsi.margin(ttsi.score(x, prefix))
+            trained = u < cfg.tau and bool(spans)
+            if trained:
+                with stage("train"):
+                    ttsi.train(spans, base, lora, cfg)
+                prefix = base  # what lies behind it is another one now
+            with stage("answer"):
+                text = ttsi.write(tok, x.ids, prefix, cfg)[0]
+            learned = [p.detach().clone() for p in lora]
+        if u < cfg.tau:
+            cost |= spent(row, "generate")
+        decision = "adapted" if trained else "untrained"
+        out[x.id] = instead(row, text, ttsi.grade(text, sample), decision, cost)
+        out[x.id]["margin now"] = u
+    return list(out.values())
 
 
 def dose(lab, seed, shift, flags=""):
-    """The default run on a mixture: this share of the items is shifted, in one and the same random order, the others are
-    unshifted ones in their places. Samples do not touch each other, so rows of two runs can be mixed."""
-    embedded_only(lab)
+    """The default run on a mixture: this share of the items is shifted, drawn in one and the same
+    order, the others are not. Samples do not touch each other: rows of two runs can be mixed."""
+    lab.embedded_only()
     split, shifted = Path(lab.args.data).stem, lab.run(seed, flags)
-    plain = lab.run(seed, f"{flags} --limit 0 --data {lab.file(world.records(split, len(shifted), 0, 0))}")
+    unshifted = lab.file(world.records(split, len(shifted), 0, 0))
+    plain = lab.run(seed, f"{flags} --limit 0 --data {unshifted}")
     order = torch.randperm(len(shifted), generator=ttsi.draw("dose")).tolist()
-    return [(shifted if order[i] < shift / 100 * len(shifted) else plain)[i] for i in range(len(shifted))]
-
-
-def embedded_only(lab):
-    if not lab.embedded:
-        raise Skip("only the embedded world can be made anew")
+    mixed = zip(order, shifted, plain, strict=True)
+    return [a if place < shift / 100 * len(shifted) else b for place, a, b in mixed]
 
 
 def teacher(lab, seed, flags=""):
+    """TT-D: another model writes the drafts."""
     if not lab.args.teacher:
         raise Skip("give --teacher MODEL")
     return lab.run(seed, f"--teacher {shlex.quote(lab.args.teacher)} {flags}")
 
 
-# ---------------------------------------------------------------------------------------- baselines, without pairs
+# ------------------------------------------------------------------- baselines, without pairs
+def forced(tok, x, name, prefix, cfg):
+    """-> the answer that a model gives once this tool's name is written."""
+    begun = '{"name": ' + ttsi.dumps(name)
 
+    def decode(ids, **how):  # `write` ends with a call, which it must see from its beginning on
+        return begun + tok.decode(ids, **how)
 
-def instead(row, sample, text, **stages):
-    """A row, answered with this text at the cost of reading the prompt and of these stages."""
-    row = {k: v for k, v in row.items() if k not in ("drafts", "pairs", "loss")}
-    cost = {stage: row["cost"][stage] for stage in ("prefill", "direct") if stage in row["cost"]} | stages
-    return row | {"adapted": text, "trained": False, "cost": cost, "scores": row["scores"] | {"ttsi": ttsi.grade(text, sample)}}
-
-
-@ttsi.metered
-def forced(model, tok, xs, past, cfg, names):
-    """-> for each sample, the answer that the base model gives once the tool's name is written."""
-    rows = [x["candidates"][x["names"].index(name)][0] for x, name in zip(xs, names)]
-    return ttsi.decode(model, tok, rows, [len(x["ids"]) for x in xs], cfg.max_new_tokens, past)
+    whole = SimpleNamespace(eos_token_id=tok.eos_token_id, decode=decode)
+    ids, _ = x.candidates[[tool["name"] for tool in x.tools].index(name)]
+    return ttsi.write(whole, ids, prefix, cfg)[0]
 
 
 @kept
 def nearest(lab, seed, flags=""):
-    """No training: the tool of the draft closest to the request; the base model fills in the arguments."""
-    cfg, out = lab.config(seed, flags), {row["id"]: row for row in lab.run(seed, flags)}
-    model, tok, batches = lab.batches(cfg)
-    for samples in batches:
-        label = {s["id"]: s for s in samples}
-        xs, _, asked = start(model, tok, samples, cfg)
-        xs = [x for x in xs if out[x["id"]].get("pairs")]
-        names = [out[x["id"]]["pairs"][0]["call"]["name"] for x in xs]
-        for x, text in zip(xs, forced(model, tok, xs, asked, cfg, names)):
-            spent = {stage: out[x["id"]]["cost"][stage] for stage in ("score", "generate")} | {"answer": x["cost"]["forced"]}
-            out[x["id"]] = instead(out[x["id"]], label[x["id"]], text, **spent)
+    """No training: the tool of the draft closest to the request; the base fills in the values."""
+    cfg, out = lab.config(seed, flags), lab.rows(seed, flags)
+    model, tok = lab.base(cfg)
+    for sample, x in lab.prepared(cfg):
+        row = out[x.id]
+        if row["pairs"]:
+            _, after_prompt = prefixes(model, x)
+            cost = spent(row, "prefill", "score", "generate")
+            with ttsi.measured(cost, "answer", model):
+                text = forced(tok, x, row["pairs"][0]["call"]["name"], after_prompt, cfg)
+            out[x.id] = instead(row, text, ttsi.grade(text, sample), "nearest draft", cost)
     return list(out.values())
-
-
-@ttsi.metered
-def votes(model, tok, xs, past, cfg, n):
-    """-> for each sample n answers, sampled."""
-    rows = [x["ids"] for x in xs for _ in range(n)]
-    uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=ttsi.draw(cfg.seed, x["id"], "vote", i))
-                           for x in xs for i in range(n)])
-    texts = ttsi.decode(model, tok, rows, list(map(len, rows)), cfg.max_new_tokens, past, cfg.temperature, uniform)
-    return [texts[i * n:(i + 1) * n] for i in range(len(xs))]
-
-
-VOTES = 5
 
 
 @kept
 def sampled(lab, seed, temperature):
-    """-> {id: {"texts": VOTES sampled answers, "cost": ...}}"""
+    """-> {id: {"texts": VOTES sampled answers, "cost": [seconds, tokens]}}"""
     cfg, out = lab.config(seed, f"--temperature {temperature}"), {}
-    model, tok, batches = lab.batches(cfg)
-    for samples in tqdm(batches):
-        xs, _, asked = start(model, tok, samples, cfg)
-        for x, texts in zip(xs, votes(model, tok, xs, asked, cfg, VOTES)):
-            out[x["id"]] = {"texts": texts, "cost": x["cost"]["votes"]}
+    model, tok = lab.base(cfg)
+    for _, x in lab.prepared(cfg):
+        _, after_prompt = prefixes(model, x)
+        draws = [ttsi.draw(cfg.seed, x.id, "vote", i) for i in range(VOTES)]
+        uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=g) for g in draws])
+        cost = {}
+        with ttsi.measured(cost, "votes", model):
+            texts = ttsi.write(tok, x.ids, after_prompt, cfg, uniform)
+        out[x.id] = {"texts": texts, "cost": cost["votes"]}
     return out
 
 
 def call_of(text):
-    """What is voted on: name and arguments, values as they are compared in scoring; None where there is no call."""
+    """What is voted on: name and arguments, as they are compared in scoring; None: no call."""
     call = ttsi.parse(text) or {}
-    return json.dumps([call["name"], ttsi.canonical(call["arguments"])], sort_keys=True) if ttsi.fits(call, ttsi.CALL) else None
+    name, arguments = call.get("name"), call.get("arguments")
+    if not (isinstance(name, str) and isinstance(arguments, dict)):
+        return None
+    return json.dumps([name, ttsi.canonical(arguments)], sort_keys=True)
 
 
 def chosen_by(choose):
-    """-> rows of a seed, each answered with the one of its sampled texts that is chosen by (texts, sample)."""
+    """-> rows of a seed, each answered with the one of its sampled texts that is chosen."""
+
     def rows(lab, seed, temperature):
-        drawn, out = sampled(lab, seed, temperature), lab.run(seed, "--method direct")
-        for i, (row, sample) in enumerate(zip(out, lab.samples(lab.config(seed)))):
-            if row["id"] in drawn:
-                out[i] = instead(row, sample, choose(drawn[row["id"]]["texts"], sample), votes=drawn[row["id"]]["cost"])
-        return out
+        drawn, out = sampled(lab, seed, temperature), lab.rows(seed, NONE)
+        for sample in lab.samples(lab.config(seed)):
+            i = sample["id"]
+            if i in drawn:
+                text = choose(drawn[i]["texts"], sample)
+                cost = spent(out[i], "prefill") | {"answer": drawn[i]["cost"]}
+                out[i] = instead(out[i], text, ttsi.grade(text, sample), "chosen", cost)
+        return list(out.values())
+
     return rows
 
 
 def most_frequent(texts, sample):
-    """The call that most of the sampled answers make; among equals the one that came first; without any, no answer."""
+    """The call that most sampled answers make; among equals the first; without any, no answer."""
     calls = [call_of(text) for text in texts]
-    return max((t for t, c in zip(texts, calls) if c), key=lambda t: calls.count(call_of(t)), default="")
+    with_call = [text for text in texts if call_of(text)]
+    return max(with_call, key=lambda text: calls.count(call_of(text)), default="")
 
 
 def best_graded(texts, sample):
@@ -374,77 +459,84 @@ def best_graded(texts, sample):
 majority, any_of = chosen_by(most_frequent), chosen_by(best_graded)
 
 
-@ttsi.metered
-def sft_step(model, tok, xs, theta, optimizer, batch, cfg):
-    """One step of the one adapter on labelled samples: the loss is the mean over them of the mean over their answer."""
-    examples = [ttsi.prepare(model, tok, sample, cfg) for sample in batch]
-    spans = [ttsi.pair_tokens(tok, x, {"request": x["request"], "call": s["call"]}) for x, s in zip(examples, batch)]
-    n = torch.tensor([len(ids) - begin for ids, begin in spans], device=model.device)
-    with torch.enable_grad():
-        loss = -(ttsi.logprob(model, spans) / n).mean()
-        for p, g in zip(theta, torch.autograd.grad(loss, theta)):
-            p.grad = g
-    optimizer.step()
-    return [loss.item()]
+def training_items(shift, n):
+    """-> n labelled training items, all of them shifted or none."""
+    if shift:
+        return [ttsi.to_sample(record) for record in world.records("train", n, 1, 0)]
+    with gzip.open(HERE / "train.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [ttsi.to_sample(json.loads(line)) for line in itertools.islice(file, n)]
 
 
 @kept
 def sft(lab, seed, shift, n, lr):
-    """Supervised fine-tuning: ONE adapter, trained on n labelled training items, all of them shifted or none, and kept
-    for every sample. AdamW, batches of 16, cosine; 10 epochs on up to 100 items, 3 on up to 1,000, else 1."""
-    embedded_only(lab)
-    cfg, size = lab.config(seed, "--adapt full"), 16
-    with gzip.open(HERE / "train.jsonl.gz", "rt", encoding="utf-8") as f:
-        records = world.records("train", n, 1, 0) if shift else (json.loads(line) for _, line in zip(range(n), f))
-        items = [ttsi.to_sample(r) for r in records]
-    epochs = 10 if n <= 100 else 3 if n <= 1000 else 1
-    order = [i for e in range(epochs) for i in torch.randperm(n, generator=ttsi.draw(seed, "sft", e)).tolist()]
-    steps = [order[i:i + size] for i in range(0, len(order), size)]
-    model, tok, batches = lab.batches(cfg)
-    one, answers = {"id": "sft", "cost": {}}, {}
-    with ttsi.adapters(model, [one], cfg) as theta:
-        optimizer = torch.optim.AdamW(theta, weight_decay=0.)
+    """Supervised fine-tuning: ONE LoRA, trained on n labelled items and kept for every sample.
+    AdamW, batches of 16, cosine; 10 epochs on up to 100 items, 3 on up to 1,000, else 1."""
+    lab.embedded_only()
+    cfg, items = lab.config(seed, "--adapt full"), training_items(shift, n)
+    order, epochs = [], 10 if n <= 100 else 3 if n <= 1000 else 1
+    for epoch in range(epochs):
+        order += torch.randperm(n, generator=ttsi.draw(seed, "sft", epoch)).tolist()
+    steps = [order[i : i + 16] for i in range(0, len(order), 16)]
+    model, tok = lab.base(cfg)
+    cost, answers = {}, {}
+    with ttsi.temporary_lora(model, cfg, ttsi.draw(cfg.seed, "sft", "adapter")) as lora:
+        optimizer = torch.optim.AdamW(lora, weight_decay=0.0)
         for step, batch in enumerate(tqdm(steps)):
             optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / len(steps))) / 2
-            sft_step(model, tok, [one], theta, optimizer, [items[i] for i in batch], cfg)
-        for samples in batches:
-            xs, _, asked = start(model, tok, samples, cfg)
-            for x, text in zip(xs, ttsi.answer(model, tok, xs, asked, cfg)):
-                answers[x["id"]] = [text, x["cost"]["answer"]]
-    return {"answers": answers, "once": {"labels": n, "seconds": one["cost"]["sft_step"][0], "tokens": one["cost"]["sft_step"][1]}}
+            with ttsi.measured(cost, "train", model):
+                spans = []
+                for sample in [items[i] for i in batch]:
+                    x = ttsi.prepare(model, tok, sample, cfg)
+                    pair = {"request": x.request, "call": sample["call"]}
+                    spans.append(ttsi.pair_span(x, pair))
+                lengths = torch.tensor([len(ids) - begin for ids, begin in spans])
+                logp = ttsi.logprob(spans, ttsi.Prefix(model, []))
+                loss = -(logp / lengths.to(logp.device)).mean()  # over samples, of their tokens'
+                for p, g in zip(lora, torch.autograd.grad(loss, lora), strict=True):
+                    p.grad = g
+                optimizer.step()
+        for _, x in lab.prepared(cfg):
+            _, after_prompt = prefixes(model, x)
+            with ttsi.measured(cost, x.id, model):
+                text = ttsi.write(tok, x.ids, after_prompt, cfg)[0]
+            answers[x.id] = {"text": text, "cost": cost.pop(x.id)}
+    seconds, tokens = cost["train"]
+    return {"answers": answers, "once": {"labels": n, "seconds": seconds, "tokens": tokens}}
 
 
 def fine_tuned(lab, seed, shift, n, lr):
-    rows, trained = lab.run(seed, "--method direct"), sft(lab, seed, shift, 16 if lab.args.quick else n, lr)
-    for i, (row, sample) in enumerate(zip(rows, lab.samples(lab.config(seed)))):
-        if row["id"] in trained["answers"]:
-            text, cost = trained["answers"][row["id"]]
-            rows[i] = instead(row, sample, text, answer=cost)
-        rows[i]["once"] = trained["once"]
-    return rows
+    """The answers of `sft`, and what that took once."""
+    trained = sft(lab, seed, shift, 16 if lab.args.quick else n, lr)
+    out = lab.rows(seed, NONE)
+    for sample in lab.samples(lab.config(seed)):
+        i = sample["id"]
+        if i in trained["answers"]:
+            answer = trained["answers"][i]
+            right = ttsi.grade(answer["text"], sample)
+            cost = spent(out[i], "prefill") | {"answer": answer["cost"]}
+            out[i] = instead(out[i], answer["text"], right, "fine-tuned", cost)
+        out[i]["once"] = trained["once"]
+    return list(out.values())
 
 
-# ------------------------------------------------------------------------------------------- other uncertainties
+# ------------------------------------------------------------------------ other uncertainties
+def judged(lab, seed, which, values, *args):
+    """Rows of --tau 2 with another certainty in place of the margin: values -> {id: certainties}"""
+    other, rows = values(lab, seed, *args), lab.run(seed, ALL)
+    found = {i: certainties[which] for i, certainties in other.items()}
+    return [row | {"margin": found.get(row["id"], row["margin"])} for row in rows]
 
 
-def judged_by(values):
-    """Rows of --select all with another certainty in place of the margin."""
-    def rows(lab, seed):
-        other = values(lab, seed)
-        return [row | {"margin": other[row["id"]]} if row["id"] in other else row for row in lab.run(seed, "--select all")]
-    return rows
-
-
+@kept
 def mean_normalised(lab, seed):
-    return {row["id"]: row["margin"] for row in lab.run(seed, "--method direct --score mean") if "margin" in row}
-
-
-def logprobs(model, tok, xs, texts, past):
-    """-> for each sample [(log-probability, tokens) of each of its texts after the prompt]"""
-    spans = [ttsi.encode(tok, x["prompt"] + text + (tok.eos_token or ""), len(x["prompt"])) for x, ts in zip(xs, texts) for text in ts]
-    with torch.no_grad():
-        flat = zip(ttsi.logprob(model, spans, past).tolist(), [len(ids) - begin for ids, begin in spans])
-    return [[next(flat) for _ in ts] for ts in texts]
+    """-> {id: [the margin of log P(a_n | x) per token of the name]}"""
+    cfg, rows, out = lab.config(seed), lab.rows(seed, ALL), {}
+    for _, x in lab.prepared(cfg):
+        if rows[x.id]["margin"] is not None:
+            lengths = [len(ids) - begin for ids, begin in x.candidates]
+            names = zip(rows[x.id]["logp"].items(), lengths, strict=True)
+            out[x.id] = [ttsi.margin({name: logp / n for (name, logp), n in names})]
+    return out
 
 
 def distinct(texts):
@@ -456,250 +548,380 @@ def distinct(texts):
 
 
 @kept
+@torch.no_grad()
 def by_answer(lab, seed, temperature):
-    """-> {id: [certainty by the perplexity of the direct answer, margin of whole calls]}: 1 / perplexity; the softmax
-    margin over the log-probabilities of the distinct calls among the direct answer and the sampled ones."""
-    direct = {row["id"]: row for row in lab.run(seed, "--method direct")}
-    drawn, cfg, out = sampled(lab, seed, temperature), lab.config(seed), {}
-    model, tok, batches = lab.batches(cfg)
-    for samples in tqdm(batches):
-        xs, _, asked = start(model, tok, samples, cfg)
-        texts = [distinct([direct[x["id"]]["direct"], *drawn[x["id"]]["texts"]]) for x in xs]
-        for x, scored in zip(xs, logprobs(model, tok, xs, texts, asked)):
-            out[x["id"]] = [math.exp(scored[0][0] / scored[0][1]), ttsi.certainty([logp for logp, _ in scored])]
+    """-> {id: [1 / perplexity of the direct answer, margin of whole calls]}; that is the softmax
+    margin over the distinct calls among the direct answer and the sampled ones."""
+    direct, drawn = lab.rows(seed, NONE), sampled(lab, seed, temperature)
+    cfg, out = lab.config(seed), {}
+    model, tok = lab.base(cfg)
+    for _, x in lab.prepared(cfg):
+        _, after_prompt = prefixes(model, x)
+        texts = distinct([direct[x.id]["direct"], *drawn[x.id]["texts"]])
+        prompt, _ = ttsi.render(tok, x.system, x.request)
+        whole = [prompt + text + (tok.eos_token or "") for text in texts]
+        spans = [ttsi.encode(tok, text, len(prompt)) for text in whole]
+        logp, (ids, begin) = ttsi.logprob(spans, after_prompt).tolist(), spans[0]
+        margin_of_calls = ttsi.margin(dict(zip(texts, logp, strict=True)))
+        out[x.id] = [math.exp(logp[0] / (len(ids) - begin)), margin_of_calls]
     return out
 
 
-# ---------------------------------------------------------------------------------------- other ways of training
-
-
+# --------------------------------------------------------------------- other ways of training
 def clipped(lab, seed, lr):
-    """Another update rule: the gradient of each adapter clipped to norm 1, not normalised; on the same pairs."""
-    @torch.no_grad()
-    def sgd(theta, lr):
-        norm = sum(p.grad.flatten(1).square().sum(1) for p in theta).sqrt()
-        for p in theta:
-            p -= lr * p.grad / norm.clamp(min=1).view(-1, *[1] * (p.dim() - 1))
-    pairs = pairs_of(lab, seed)
-    with patched(lab, sgd=sgd) as elsewhere:
+    """Another update rule: the gradient is clipped to norm 1, not normalised; the same pairs."""
+
+    def train(spans, base, lora, cfg):
+        lengths = torch.tensor([len(ids) - begin for ids, begin in spans]).to(lora[0].device)
+        losses = []
+        for step in range(cfg.epochs):
+            rate = cfg.lr * (1 + math.cos(math.pi * step / cfg.epochs)) / 2
+            loss = -(ttsi.logprob(spans, base) / lengths).mean()
+            gradients = torch.autograd.grad(loss, lora, allow_unused=True, materialize_grads=True)
+            norm = torch.nn.utils.get_total_norm(gradients).clamp(min=1)
+            with torch.no_grad():
+                for p, g in zip(lora, gradients, strict=True):
+                    p -= rate * g / norm
+            losses.append(loss.item())
+        return losses
+
+    pairs = pairs_of(lab, seed, "--drafts 1")
+    with patched(lab, train=train) as elsewhere:
         return elsewhere.run(seed, f"--lr {lr} {pairs}")
 
 
 def reshuffled(lab, seed):
-    """--adapt full, with the tools of each training row in an order of its own; a tool list in a cache has but one."""
-    def pair_tokens(tok, x, pair):
-        order = torch.randperm(len(x["tools"]), generator=ttsi.draw(seed, x["id"], "reshuffled", pair["request"]))
-        return ours(tok, x | {"system": ttsi.system_text([x["tools"][i] for i in order])}, pair)
-    pairs, ours = pairs_of(lab, seed, ""), ttsi.pair_tokens
-    with patched(lab, pair_tokens=pair_tokens) as elsewhere:
+    """--adapt full, with the tools of each training row in an order of its own; in a cache they
+    have but one."""
+
+    def pair_span(x, pair):
+        g = ttsi.draw(seed, x.id, "reshuffled", pair["request"])
+        tools = [x.tools[i] for i in torch.randperm(len(x.tools), generator=g)]
+        system = ttsi.SYSTEM + "\n".join(ttsi.dumps(tool) for tool in tools)
+        return ours(SimpleNamespace(**vars(x) | {"system": system}), pair)
+
+    pairs, ours = pairs_of(lab, seed, ""), ttsi.pair_span
+    with patched(lab, pair_span=pair_span) as elsewhere:
         return elsewhere.run(seed, f"--adapt full {pairs}")
 
 
+def pairs_of(lab, seed, flags):
+    return f"--pairs {shlex.quote(lab.path(seed, flags))}"
+
+
+def on_pairs_of(lab, seed, written, flags):
+    """A run with these flags on the pairs that a run with the flags `written` wrote."""
+    return lab.run(seed, f"{flags} {pairs_of(lab, seed, written)}")
+
+
 def against(rows, other):
-    """The difference to another run in place of that to the direct answers: "direct" is the other run from here on."""
-    return [row | {"scores": row["scores"] | {"direct": o["scores"]["ttsi"]}} for row, o in zip(rows, other, strict=True)]
+    """Rows in which "direct" is another run, so that the difference is the one to that."""
+    out = []
+    for row, o in zip(rows, other, strict=True):
+        out.append(row | {"scores": row["scores"] | {"direct": o["scores"]["answer"]}})
+    return out
 
 
-# ---------------------------------------------------------------------------------------------------------- tables
-
+# ------------------------------------------------------------------------------------- tables
 VOTE_T, SFT_LR, STREAM_LR = 0.5, 3e-3, 0.03  # chosen on dev: tune-B
 
 
-def flagged(*rows):
-    """(label, flags) -> rows that are runs of ttsi.py with these flags."""
-    return [(label, flags, lambda lab, s, flags=flags: lab.run(s, flags)) for label, flags in rows]
+def using(rows, *args):
+    """-> the rows of a seed: rows(lab, seed, *args)."""
+    return lambda lab, seed: rows(lab, seed, *args)
 
 
-def pairs_of(lab, s, flags="--drafts 1"):
-    return f"--pairs {shlex.quote(lab.path(s, flags))}"
+def flagged(label, flags):
+    """A line whose rows are a run of ttsi.py with these flags."""
+    return label, flags, using(Lab.run, flags)
 
 
-GROUPS = {  # group -> (seeds, items, [(label, what the README calls a command, rows of a seed)])
-    "main": (5, 0, [
-        *flagged(("first draft, unchecked", "--drafts 1 --no-check --attempts 1"), ("first accepted draft", "--drafts 1"),
-                 ("closest of 4 drafts (the default)", "--drafts 4")),
-        ("TT-D: first accepted draft of the teacher", "--teacher data/teacher --drafts 1",
-         lambda lab, s: teacher(lab, s, "--drafts 1")),
-        ("TT-D: closest of 4", "--teacher data/teacher", teacher),
-        ("TT-D against TT-SI, first accepted drafts", "`against`",
-         lambda lab, s: against(teacher(lab, s, "--drafts 1"), lab.run(s, "--drafts 1"))),
-        ("nearest draft: its tool, no training", "`nearest`", lambda lab, s: nearest(lab, s))]),
-    "baselines": (2, 250, [
-        ("TT-SI (the default)", "--drafts 4", lambda lab, s: lab.run(s)),
-        ("majority vote over 5 sampled calls", "`majority`", lambda lab, s: majority(lab, s, VOTE_T)),
-        ("pass@5: needs the label", "`any_of`", lambda lab, s: any_of(lab, s, VOTE_T)),
-        ("the pairs in the prompt, no training (TT-ICL)", "--method icl", shown),
-        ("SFT, 13,000 items without the shift", "`fine_tuned`", lambda lab, s: fine_tuned(lab, s, False, 13000, SFT_LR)),
-        ("SFT, 100 shifted items", "`fine_tuned`", lambda lab, s: fine_tuned(lab, s, True, 100, SFT_LR)),
-        ("SFT, 1,000 shifted items", "`fine_tuned`", lambda lab, s: fine_tuned(lab, s, True, 1000, SFT_LR)),
-        ("SFT, 13,000 shifted items", "`fine_tuned`", lambda lab, s: fine_tuned(lab, s, True, 13000, SFT_LR)),
-        ("TT-SI against the vote", "`against`", lambda lab, s: against(lab.run(s), majority(lab, s, VOTE_T))),
-        ("TT-SI against SFT without the shift", "`against`",
-         lambda lab, s: against(lab.run(s), fine_tuned(lab, s, False, 13000, SFT_LR))),
-        ("TT-SI against SFT on 100 shifted items", "`against`",
-         lambda lab, s: against(lab.run(s), fine_tuned(lab, s, True, 100, SFT_LR)))]),
-    "controls": (2, 250, [
-        ("TT-SI (the default)", "--drafts 4", lambda lab, s: lab.run(s)),
-        ("adapt all", "--select all", lambda lab, s: lab.run(s, "--select all")),
-        ("adapt only the certain", "--select certain", lambda lab, s: certain(lab.run(s, "--select all"))),
-        ("a random subset of the same size", "`a_random_subset`", a_random_subset),
-        ("another item's pairs", "`others_pairs`", lambda lab, s: uncertain(others_pairs(lab, s))),
-        ("another item's pairs, adapt all", "`others_pairs`", others_pairs),
-        ("adapt all against adapt the uncertain", "`against`",
-         lambda lab, s: against(lab.run(s, "--select all"), uncertain(lab.run(s, "--select all")))),
-        ("a random subset against the uncertain", "`against`",
-         lambda lab, s: against(a_random_subset(lab, s), uncertain(lab.run(s, "--select all")))),
-        ("the item itself, label included, adapt all: an upper bound", "`the_item_itself`", the_item_itself),
-        ("nearest draft: its tool, no training, all", "`nearest`", lambda lab, s: nearest(lab, s, "--select all")),
-        *flagged(("tools in the file's order", "--no-shuffle"), ("the paper's settings", "--paper"))]),
-    "dose": (2, 250, [(f"{shift} % shifted", f"`dose`, {shift} %", lambda lab, s, shift=shift: dose(lab, s, shift))
-                      for shift in (0, 30, 60, 100)] + [
-        ("0 % shifted, adapt all", "`dose`, 0 %, --select all", lambda lab, s: dose(lab, s, 0, "--select all"))]),
-    "beyond": (2, 250, [
-        *flagged(*((f"K = {k}, of {k} drafts", f"--k {k} --drafts {k}") for k in (1, 2, 4, 8)),
-                 *((f"closest of {n} drafts", f"--drafts {n}") for n in (2, 4, 8, 16)),
-                 ("closest of 4, tools forced in turn", "--cover")),
-        ("round trip: drafts that the model answers alike", "`round_trip`", lambda lab, s: round_trip(lab, s, True)),
-        ("the opposite: drafts that it answers otherwise", "`round_trip`", lambda lab, s: round_trip(lab, s, False)),
-        ("the adapter is kept, not reset", "`stream`", lambda lab, s: stream(lab, s, STREAM_LR)),
-        *((f"tau by budget: {share} % of other items' margins below it", "`within_budget`",
-           lambda lab, s, share=share: within_budget(lab, s, share / 100)) for share in (20, 40, 60))]),
-    "uncertainty": (2, 250, [
-        ("margin of the names (the paper)", "--score sum", lambda lab, s: lab.run(s, "--select all")),
-        ("the same, mean-normalised", "--score mean", judged_by(mean_normalised)),
-        ("perplexity of the direct answer", "`by_answer`",
-         judged_by(lambda lab, s: {i: v[0] for i, v in by_answer(lab, s, VOTE_T).items()})),
-        ("margin of whole calls: the answer and 5 sampled", "`by_answer`",
-         judged_by(lambda lab, s: {i: v[1] for i, v in by_answer(lab, s, VOTE_T).items()}))]),
-    "tune-G": (2, 0, flagged(*((flags, flags) for flags in (
-        "--drafts 1", "--drafts 1 --no-check --attempts 1", "--drafts 1 --attempts 1", "--drafts 1 --temperature 0.7",
-        "--drafts 1 --temperature 1.3", "--drafts 2", "--drafts 4", "--drafts 8", "--drafts 16", "--k 2 --drafts 2",
-        "--k 2 --drafts 8", "--drafts 2 --cover", "--drafts 4 --cover", "--drafts 8 --cover",
-        "--k 2 --drafts 4 --cover", "--k 4 --drafts 4", "--k 4 --drafts 8", "--k 4 --drafts 16", "--k 8 --drafts 8")))),
-    "tune-B": (2, 0, [
-        *((f"majority vote, temperature {t}", "`majority`", lambda lab, s, t=t: majority(lab, s, t)) for t in (0.5, 1.0, 1.5)),
-        *((f"SFT, {n} shifted items, lr {lr}", "`fine_tuned`", lambda lab, s, n=n, lr=lr: fine_tuned(lab, s, True, n, lr))
-          for n in (100, 1000) for lr in (3e-4, 1e-3, 3e-3)),
-        *((f"the adapter is kept, lr {lr}", "`stream`", lambda lab, s, lr=lr: stream(lab, s, lr)) for lr in (0.01, 0.03, 0.1))]),
-    # from here on every row trains on the same pairs
-    "adapt": (5, 0, [
-        ("suffix (the default)", "--adapt suffix", lambda lab, s: lab.run(s, pairs_of(lab, s, ""))),
-        ("full (the paper)", "--adapt full", lambda lab, s: lab.run(s, f"--adapt full {pairs_of(lab, s, '')}")),
-        ("full, the training rows' tools reshuffled", "`reshuffled`", reshuffled),
-        ("suffix against full", "`against`", lambda lab, s: against(
-            lab.run(s, pairs_of(lab, s, "")), lab.run(s, f"--adapt full {pairs_of(lab, s, '')}"))),
-        ("suffix against full, reshuffled", "`against`",
-         lambda lab, s: against(lab.run(s, pairs_of(lab, s, "")), reshuffled(lab, s)))]),
-    "tune-T": (2, 0, [(flags, flags, lambda lab, s, flags=flags: lab.run(s, f"{flags} {pairs_of(lab, s)}"))
-                      for flags in (*(f"--lr {x}" for x in (.03, .05, .07, .1, .14, .2, .3)),
-                                    *(f"--optimizer adamw --lr {x}" for x in (1e-4, 3e-4, 1e-3, 3e-3)),
-                                    "--epochs 3", "--epochs 10", "--lora-rank 2", "--lora-rank 32", "--adapt full")]
-               + [(f"clipped, lr {lr}", "`clipped`", lambda lab, s, lr=lr: clipped(lab, s, lr)) for lr in (.1, .3, 1)]),
+def versus(label, rows, other):
+    """A line that compares two rows of a seed."""
+    return label, "`against`", lambda lab, seed: against(rows(lab, seed), other(lab, seed))
+
+
+DEFAULT, EVERYONE = using(Lab.run), using(Lab.run, ALL)
+UNCERTAIN, VOTE = using(gated, uncertain), using(majority, VOTE_T)
+PLAIN_SFT = using(fine_tuned, False, 13000, SFT_LR)
+SMALL_SFT = using(fine_tuned, True, 100, SFT_LR)
+ACCEPTED, TEACHERS = using(Lab.run, "--drafts 1"), using(teacher, "--drafts 1")
+SUFFIX = using(on_pairs_of, "", "--adapt suffix")
+FULL = using(on_pairs_of, "", "--adapt full")
+
+# Lines: (label, what the README calls a command, rows of a seed).
+MAIN = [
+    flagged("first draft, unchecked", "--drafts 1 --no-check --attempts 1"),
+    flagged("first accepted draft", "--drafts 1"),
+    flagged("closest of 4 drafts (the default)", "--drafts 4"),
+    ("TT-D: first accepted draft of the teacher", "--teacher data/teacher --drafts 1", TEACHERS),
+    ("TT-D: closest of 4", "--teacher data/teacher", teacher),
+    versus("TT-D against TT-SI, first accepted drafts", TEACHERS, ACCEPTED),
+    ("nearest draft: its tool, no training", "`nearest`", using(nearest)),
+]
+BASELINES = [
+    ("TT-SI (the default)", "--drafts 4", DEFAULT),
+    ("majority vote over 5 sampled calls", "`majority`", VOTE),
+    ("pass@5: needs the label", "`any_of`", using(any_of, VOTE_T)),
+    ("the pairs in the prompt, no training (TT-ICL)", "`shown`", shown),
+    ("SFT, 13,000 items without the shift", "`fine_tuned`", PLAIN_SFT),
+    ("SFT, 100 shifted items", "`fine_tuned`", SMALL_SFT),
+    ("SFT, 1,000 shifted items", "`fine_tuned`", using(fine_tuned, True, 1000, SFT_LR)),
+    ("SFT, 13,000 shifted items", "`fine_tuned`", using(fine_tuned, True, 13000, SFT_LR)),
+    versus("TT-SI against the vote", DEFAULT, VOTE),
+    versus("TT-SI against SFT without the shift", DEFAULT, PLAIN_SFT),
+    versus("TT-SI against SFT on 100 shifted items", DEFAULT, SMALL_SFT),
+]
+UPPER_BOUND = "the item itself, label included, adapt all: an upper bound"
+CONTROLS = [
+    ("TT-SI (the default)", "--drafts 4", DEFAULT),
+    ("adapt all", ALL, EVERYONE),
+    ("adapt only the certain", "`certain`", using(gated, certain)),
+    ("a random subset of the same size", "`a_random_subset`", a_random_subset),
+    ("another item's pairs", "`others_pairs`", lambda lab, s: uncertain(others_pairs(lab, s))),
+    ("another item's pairs, adapt all", "`others_pairs`", others_pairs),
+    versus("adapt all against adapt the uncertain", EVERYONE, UNCERTAIN),
+    versus("a random subset against the uncertain", a_random_subset, UNCERTAIN),
+    (UPPER_BOUND, "`the_item_itself`", the_item_itself),
+    ("nearest draft: its tool, no training, all", "`nearest`", using(nearest, ALL)),
+    flagged("tools in the file's order", "--no-shuffle"),
+    flagged("the paper's settings", "--paper"),
+]
+DOSE = [(f"{n} % shifted", f"`dose`, {n} %", using(dose, n)) for n in (0, 30, 60, 100)]
+DOSE.append(("0 % shifted, adapt all", f"`dose`, 0 %, {ALL}", using(dose, 0, ALL)))
+BEYOND = [flagged(f"K = {n}, of {n} drafts", f"--k {n} --drafts {n}") for n in (1, 2, 4, 8)]
+BEYOND += [flagged(f"closest of {n} drafts", f"--drafts {n}") for n in (2, 4, 8, 16)]
+label = "round trip: drafts that the model answers alike"
+BEYOND.append((label, "`round_trip`", using(round_trip, True)))
+label = "the opposite: drafts that it answers otherwise"
+BEYOND.append((label, "`round_trip`", using(round_trip, False)))
+BEYOND.append(("the adapter is kept, not reset", "`stream`", using(stream, STREAM_LR)))
+for share in (20, 40, 60):
+    label = f"tau by budget: {share} % of other items' margins below it"
+    BEYOND.append((label, "`within_budget`", using(within_budget, share / 100)))
+WHOLE_CALLS = "margin of whole calls: the answer and 5 sampled"
+UNCERTAINTY = [
+    ("margin of the names (the paper)", "`ttsi.margin`", EVERYONE),
+    ("the same, mean-normalised", "`mean_normalised`", using(judged, 0, mean_normalised)),
+    ("perplexity of the direct answer", "`by_answer`", using(judged, 0, by_answer, VOTE_T)),
+    (WHOLE_CALLS, "`by_answer`", using(judged, 1, by_answer, VOTE_T)),
+]
+
+FIRST = ("", "--no-check --attempts 1", "--attempts 1", "--temperature 0.7", "--temperature 1.3")
+TUNE_G = [f"--drafts 1 {more}".strip() for more in FIRST]
+TUNE_G += [f"--drafts {n}" for n in (2, 4, 8, 16)]
+TUNE_G += [f"--k {k} --drafts {n}" for k, n in ((2, 2), (2, 8), (4, 4), (4, 8), (4, 16), (8, 8))]
+TUNE_G = [flagged(flags, flags) for flags in TUNE_G]
+TUNE_B = []
+for t in (0.5, 1.0, 1.5):
+    TUNE_B.append((f"majority vote, temperature {t}", "`majority`", using(majority, t)))
+for n in (100, 1000):
+    for lr in (3e-4, 1e-3, 3e-3):
+        label = f"SFT, {n} shifted items, lr {lr}"
+        TUNE_B.append((label, "`fine_tuned`", using(fine_tuned, True, n, lr)))
+for lr in (0.01, 0.03, 0.1):
+    TUNE_B.append((f"the adapter is kept, lr {lr}", "`stream`", using(stream, lr)))
+ADAPT = [  # from here on every row trains on the same pairs
+    ("suffix (the default)", "--adapt suffix", SUFFIX),
+    ("full (the paper)", "--adapt full", FULL),
+    ("full, the training rows' tools reshuffled", "`reshuffled`", reshuffled),
+    versus("suffix against full", SUFFIX, FULL),
+    versus("suffix against full, reshuffled", SUFFIX, reshuffled),
+]
+TUNE_T = [f"--lr {lr}" for lr in (0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.3)]
+TUNE_T += [f"--optimizer adamw --lr {lr}" for lr in (1e-4, 3e-4, 1e-3, 3e-3)]
+TUNE_T += ["--epochs 3", "--epochs 10", "--lora-rank 2", "--lora-rank 32", "--adapt full"]
+TUNE_T = [(flags, flags, using(on_pairs_of, "--drafts 1", flags)) for flags in TUNE_T]
+TUNE_T += [(f"clipped, lr {lr}", "`clipped`", using(clipped, lr)) for lr in (0.1, 0.3, 1)]
+
+GROUPS = {  # group -> (seeds, items, lines)
+    "main": (5, 0, MAIN),
+    "baselines": (2, 250, BASELINES),
+    "controls": (2, 250, CONTROLS),
+    "dose": (2, 250, DOSE),
+    "beyond": (2, 250, BEYOND),
+    "uncertainty": (2, 250, UNCERTAINTY),
+    "tune-G": (2, 0, TUNE_G),
+    "tune-B": (2, 0, TUNE_B),
+    "adapt": (5, 0, ADAPT),
+    "tune-T": (2, 0, TUNE_T),
 }
+KINDS = ("name", "call")
 TUNING = ("tune-G", "tune-T", "tune-B", "adapt")
 
 
 def signs(wins, losses):
-    """Two-sided exact sign test: how likely is a split as uneven as this, if a change were as often good as bad?"""
+    """Two-sided exact sign test: how likely is a split as uneven as this by chance alone?"""
     n, k = wins + losses, min(wins, losses)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+def auroc(values, right):
+    """The probability that a right one has the higher value; ties count half. None where all are
+    right, or none."""
+    high = torch.tensor([v for v, r in zip(values, right, strict=True) if r])
+    low = torch.tensor(sorted(v for v, r in zip(values, right, strict=True) if not r))
+    if not len(high) or not len(low):
+        return None
+    below = torch.searchsorted(low, high) + torch.searchsorted(low, high, right=True)
+    return below.double().mean().item() / 2 / len(low)  # ties are in the second only
+
+
+def every_tau(rows):
+    """Rows of --tau 2 -> for each tau that matters: n adapted, call accuracy, that of the others.
+    "certain_only" is the accuracy if the others were adapted."""
+    rows = sorted((row for row in rows if "scores" in row), key=margin)
+    out, adapted = [], 0
+    call = sum(row["scores"]["direct"]["call"] for row in rows)  # tau 0: nobody is adapted
+    others = sum(row["scores"]["answer"]["call"] for row in rows)  # or everybody
+    for i, tau in enumerate([*map(margin, rows), 2.0] if rows else []):
+        if not out or tau > out[-1]["tau"]:
+            accuracy = {"call": 100 * call / len(rows), "certain_only": 100 * others / len(rows)}
+            out.append({"tau": tau, "adapted": adapted} | accuracy)
+        if i < len(rows):
+            change = rows[i]["scores"]["answer"]["call"] - rows[i]["scores"]["direct"]["call"]
+            call, others = call + change, others - change
+            adapted += rows[i]["decision"] == "adapted"
+    return out
 
 
 def pooled(runs):
-    """Rows of several seeds -> the numbers of one line: means over seeds, and an interval over items of these means."""
+    """Rows of several seeds -> the numbers of one line. Means over seeds, and an interval over
+    items of these means."""
     summaries = [ttsi.summarise(rows) for rows in runs]
-    mean = lambda key: statistics.mean(key(s) for s in summaries)
-    change = [statistics.mean(c) for c in zip(*([r["scores"]["ttsi"]["call"] - r["scores"]["direct"]["call"]
-                                                 for r in rows] for rows in runs))]
-    wins, losses = sum(c > 0 for c in change), sum(c < 0 for c in change)
-    verdicts = [d["verdict"] for rows in runs for r in rows for d in r.get("drafts", [])]
+
+    def mean(part, key):
+        return statistics.mean(summary[part][key] for summary in summaries)
+
+    every = [row for rows in runs for row in rows]
+    change = []
+    for same in zip(*runs, strict=True):
+        gains = [r["scores"]["answer"]["call"] - r["scores"]["direct"]["call"] for r in same]
+        change.append(statistics.mean(gains))
+    better, worse = sum(c > 0 for c in change), sum(c < 0 for c in change)
+    differences = [s["difference"]["call"] for s in summaries]
     once = [rows[0]["once"] for rows in runs if "once" in rows[0]]
-    right = {kind: [r["scores"]["direct"][kind] for rows in runs for r in rows if "margin" in r] for kind in ("name", "call")}
-    margins = [r["margin"] for rows in runs for r in rows if "margin" in r]
-    return {
-        "seeds": len(runs), "n": len(change), "direct": {k: mean(lambda s: s["direct"][k]) for k in ("name", "call")},
-        "always first": mean(lambda s: s["always_first"]), "ttsi": {k: mean(lambda s: s["ttsi"][k]) for k in ("name", "call")},
-        "difference": mean(lambda s: s["difference"]), "interval": [100 * q for q in ttsi.interval(change)],
-        "sd": statistics.stdev(s["difference"] for s in summaries) if len(runs) > 1 else None,
-        "items better": wins, "items worse": losses, "p": signs(wins, losses),
-        "adapted": statistics.mean(sum(r.get("trained", "adapted" in r) for r in rows) for rows in runs),
-        **{unit: mean(lambda s: s["ttsi"][unit] / s["direct"][unit]) for unit in ("tokens", "seconds")},
-        "per query": {unit: mean(lambda s: s["ttsi"][unit]) for unit in ("tokens", "seconds")},
-        **({"once": {key: statistics.mean(o[key] for o in once) for key in once[0]}} if once else {}),
-        "drafts kept": [sum(v == "kept" for v in verdicts), len(verdicts)],
-        "auroc": {kind: ttsi.auroc(margins, right[kind]) for kind in right}}
+    out = {"seeds": len(runs), "n": len(change)}
+    out["direct"] = {kind: mean("direct", kind) for kind in KINDS}
+    out["always first"] = mean("always first", "name")
+    out["ttsi"] = {kind: mean("TT-SI", kind) for kind in KINDS}
+    out["difference"] = statistics.mean(differences)
+    out["interval"] = [100 * q for q in ttsi.interval(change)]
+    out["sd"] = statistics.stdev(differences) if len(runs) > 1 else None
+    out |= {"items better": better, "items worse": worse, "p": signs(better, worse)}
+    out["adapted"] = sum(row["decision"] == "adapted" for row in every) / len(runs)
+    out |= {unit: mean(unit, "ratio") for unit in ("tokens", "seconds")}
+    out["per query"] = {unit: mean(unit, "all") for unit in ("tokens", "seconds")}
+    if once:
+        out["once"] = {key: statistics.mean(o[key] for o in once) for key in once[0]}
+    verdicts = [draft["verdict"] for row in every for draft in row["drafts"]]
+    told = [row for row in every if row["margin"] is not None]
+    margins, right = [row["margin"] for row in told], [row["scores"]["direct"] for row in told]
+    out["drafts kept"] = [verdicts.count("kept"), len(verdicts)]
+    out["auroc"] = {kind: auroc(margins, [r[kind] for r in right]) for kind in KINDS}
+    return out
 
 
 def ranked(runs):
-    """Rows of --select all -> what their "margin" is worth: AUROC, and accuracy if the least certain 60 % are adapted."""
+    """Rows of --tau 2 -> what their "margin" is worth: AUROC, and accuracy if the least certain
+    60 % are adapted."""
     chosen = []
     for rows in runs:
-        least = sorted(range(len(rows)), key=lambda i: margin(rows[i]))[:int(.6 * len(rows))]
+        margins = [margin(row) for row in rows]
+        least = sorted(range(len(rows)), key=margins.__getitem__)[: int(0.6 * len(rows))]
         chosen.append(gate(rows, [i in least for i in range(len(rows))]))
-    return pooled(chosen) | {"every tau": [ttsi.every_tau(rows) for rows in runs]}
+    return pooled(chosen) | {"every tau": [every_tau(rows) for rows in runs]}
 
 
 def row_of(label, r, *cells):
-    flags = f'`{r["flags"]}`' if r["flags"].startswith("-") else r["flags"]
+    flags = f"`{r['flags']}`" if r["flags"].startswith("-") else r["flags"]
     return "| " + " | ".join([label if label != r["flags"] else "", flags, *cells]) + " |"
 
 
 def difference(r):
-    return f'{r["difference"]:+.1f} [{r["interval"][0]:+.1f}, {r["interval"][1]:+.1f}]'
+    low, high = r["interval"]
+    return f"{r['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def markdown(lines):
-    """The numbers of a group -> its table. Beside what was trained once for all samples stands what that took."""
+    """The numbers of a group -> its table. Beside what was trained once for all samples stands
+    what that took."""
     once = any("once" in r for r in lines.values())
-    head = ["", "flags", "direct", "call", "difference [95 %]", "s.d.", "better / worse", "p", "adapted", "tokens"]
-    head += ["labels", "tokens once", "seconds once", "tokens a query", "seconds a query"] * once
+    head = ["", "flags", "direct", "call", "difference [95 %]", "s.d.", "better / worse", "p"]
+    head += ["adapted", "tokens"]
+    if once:
+        head += ["labels", "tokens once", "seconds once", "tokens a query", "seconds a query"]
     text = ["| " + " | ".join(head).lstrip() + " |", "|---" * len(head) + "|"]
-    first = {f'{r["always first"]:.1f}' for r in lines.values() if "always first" in r}
-    text += [f"| always the first tool listed: {v} % of the names" + " |" * len(head) for v in first if len(first) == 1]
+    first = {f"{r['always first']:.1f} %" for r in lines.values() if "always first" in r}
+    if len(first) == 1:
+        text.append(
+            f"| always the first tool listed: {first.pop()} of the names" + " |" * len(head)
+        )
     for label, r in lines.items():
-        sd, p = "" if r["sd"] is None else f'{r["sd"]:.1f}', "< 0.001" if r["p"] < .001 else f'{r["p"]:.3f}'
-        before, each = r.get("once", {"labels": 0, "tokens": 0, "seconds": 0}), r["per query"] if "per query" in r else {}
-        text.append(row_of(label, r, *(f'{r[side]["call"]:.1f}' for side in ("direct", "ttsi")), difference(r), sd, f'{r["items better"]} / {r["items worse"]}', p,
-                           f'{r["adapted"]:.0f}/{r["n"]}', f'{r["tokens"]:.1f}x', *[
-            f'{before["labels"]:,.0f}', f'{before["tokens"] / 1e6:.2f} M', f'{before["seconds"]:.0f}', f'{each.get("tokens", 0):.0f}',
-            f'{each.get("seconds", 0):.2f}'] * once))
+        cells = [f"{r['direct']['call']:.1f}", f"{r['ttsi']['call']:.1f}", difference(r)]
+        cells += ["" if r["sd"] is None else f"{r['sd']:.1f}"]
+        cells += [f"{r['items better']} / {r['items worse']}"]
+        cells += ["< 0.001" if r["p"] < 0.001 else f"{r['p']:.3f}"]
+        cells += [f"{r['adapted']:.0f}/{r['n']}", f"{r['tokens']:.1f}x"]
+        if once:
+            before = r.get("once", {"labels": 0, "tokens": 0, "seconds": 0})
+            cells += [f"{before['labels']:,.0f}", f"{before['tokens'] / 1e6:.2f} M"]
+            cells += [f"{before['seconds']:.0f}", f"{r['per query']['tokens']:.0f}"]
+            cells += [f"{r['per query']['seconds']:.2f}"]
+        text.append(row_of(label, r, *cells))
     return "\n".join(text) + "\n"
 
 
 def uncertainties(lines):
-    text = ["| | flags | AUROC, right names | AUROC, right calls | call, the least certain 60 % adapted | difference [95 %] |",
-            "|---|---|---|---|---|---|"]
+    """The same for the uncertainties."""
+    head = ["flags", "AUROC, right names", "AUROC, right calls"]
+    head += ["call, the least certain 60 % adapted", "difference [95 %]"]
+    text = [f"| | {' | '.join(head)} |", "|---|---|---|---|---|---|"]
     for label, r in lines.items():
-        text.append(row_of(label, r, *(f"{v:.2f}" if v is not None else "" for v in r["auroc"].values()),
-                           f'{r["ttsi"]["call"]:.1f}', difference(r)))
+        areas = [f"{v:.2f}" if v is not None else "" for v in r["auroc"].values()]
+        text.append(row_of(label, r, *areas, f"{r['ttsi']['call']:.1f}", difference(r)))
     return "\n".join(text) + "\n"
 
 
 def findings(found):
-    """Results of all groups -> the shape of the paper's findings beside ours. The paper's: SealTool, 1.5 B parameters."""
-    main, base, controls = found["main"], found["baselines"], found["controls"]
-    verdict = lambda r: "as there" if r["interval"][0] > 0 else "**not as there**" if r["interval"][1] < 0 else "undecided"
-    rows = [
-        ("TT-SI gains", "+6.1 (mean of four benchmarks +5.5)", main["first accepted draft"], "one accepted draft, over direct answers"),
-        ("adapting all gains more than the uncertain alone", "+1.0", controls["adapt all against adapt the uncertain"], "the difference"),
-        ("adapting the certain alone gains too", "+3.7", controls["adapt only the certain"], "over direct answers"),
-        ("a stronger teacher gains more (TT-D)", "+0.9 (mean of four)", main["TT-D against TT-SI, first accepted drafts"], "the difference"),
-        ("TT-SI gains more than a majority vote", "+1.6 (mean of four)", base["TT-SI against the vote"], "the difference"),
-        ("TT-SI gains more than SFT on 13,000 items", "+2.2", base["TT-SI against SFT without the shift"],
-         "items without the shift: the embedded model answers these already, so that they teach nothing"),
-        ("", "", base["TT-SI against SFT on 100 shifted items"], "against SFT on **100** items with the shift")]
-    return "| finding | paper | here | what | shape |\n|---|---|---|---|---|\n" + "".join(
-        f"| {name} | {paper} | {difference(r)} | {what} | {verdict(r)} |\n" for name, paper, r, what in rows)
+    """Results of all groups -> the shape of the paper's findings (SealTool, 1.5 B) beside ours."""
+    main, base, controls = (found[group] for group in ("main", "baselines", "controls"))
+    text = ["| finding | paper | here | what | shape |", "|---|---|---|---|---|"]
+
+    def add(finding, paper, r, what="the difference"):
+        low, high = r["interval"]
+        shape = "as there" if low > 0 else "**not as there**" if high < 0 else "undecided"
+        text.append(f"| {finding} | {paper} | {difference(r)} | {what} | {shape} |")
+
+    r, what = main["first accepted draft"], "one accepted draft, over direct answers"
+    add("TT-SI gains", "+6.1 (mean of four benchmarks +5.5)", r, what)
+    r = controls["adapt all against adapt the uncertain"]
+    add("adapting all gains more than the uncertain alone", "+1.0", r)
+    r = controls["adapt only the certain"]
+    add("adapting the certain alone gains too", "+3.7", r, "over direct answers")
+    r = main["TT-D against TT-SI, first accepted drafts"]
+    add("a stronger teacher gains more (TT-D)", "+0.9 (mean of four)", r)
+    r = base["TT-SI against the vote"]
+    add("TT-SI gains more than a majority vote", "+1.6 (mean of four)", r)
+    r, what = base["TT-SI against SFT without the shift"], "items without the shift: the embedded"
+    what += " model answers these already, so that they teach nothing"
+    add("TT-SI gains more than SFT on 13,000 items", "+2.2", r, what)
+    r = base["TT-SI against SFT on 100 shifted items"]
+    add("", "", r, "against SFT on **100** items with the shift")
+    return "\n".join(text) + "\n"
 
 
-# --------------------------------------------------------------------------------------------------------- figures
-
+# ------------------------------------------------------------------------------------ figures
 COLOURS = ("#1f5fa8", "#c0392b", "#2e8b57", "#8e5ea2")
+WHITE = 'fill="white" font-size="10"'
+AGAIN = ("TT-SI (the default)", "closest of 4 drafts", "K = 1, of 1 drafts")  # rows of `main`
 
 
 def svg(width, height, body):
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">\n'
-            f'<rect width="{width}" height="{height}" fill="white"/>\n' + "\n".join(body) + "\n</svg>\n")
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+    font = 'font-family="sans-serif" font-size="12">'
+    ground = f'<rect width="{width}" height="{height}" fill="white"/>'
+    return "\n".join([f"{head} {font}", ground, *body, "</svg>"]) + "\n"
 
 
 def text_at(x, y, words, anchor="start", more=""):
@@ -708,18 +930,22 @@ def text_at(x, y, words, anchor="start", more=""):
 
 
 class Axes:
-    """A frame with ticks. x, y: {position: label}, in the order of the axis; what lies between is interpolated."""
+    """A frame with ticks. x, y: {position: label}, in order; what lies between is interpolated."""
 
     def __init__(self, left, top, width, height, x, y, x_name, y_name):
         self.box, self.body = (left, top, width, height), []
         self.span = [(min(t), max(t)) for t in (x, y)]
+        (x0, x1), (y0, y1) = self.span
         for v, label in x.items():
-            self.body += [self.line([(v, self.span[1][0]), (v, self.span[1][1])], "#ddd", 1),
-                          text_at(self.at(v, 0)[0], top + height + 16, label, "middle")]
+            px, _ = self.at(v, 0)
+            self.body.append(self.line([(v, y0), (v, y1)], "#ddd", 1))
+            self.body.append(text_at(px, top + height + 16, label, "middle"))
         for v, label in y.items():
-            self.body += [self.line([(self.span[0][0], v), (self.span[0][1], v)], "#ddd", 1),
-                          text_at(left - 6, self.at(0, v)[1] + 4, label, "end")]
-        self.body += [text_at(left + width / 2, top + height + 34, x_name, "middle"), text_at(left, top - 8, y_name)]
+            _, py = self.at(0, v)
+            self.body.append(self.line([(x0, v), (x1, v)], "#ddd", 1))
+            self.body.append(text_at(left - 6, py + 4, label, "end"))
+        self.body.append(text_at(left + width / 2, top + height + 34, x_name, "middle"))
+        self.body.append(text_at(left, top - 8, y_name))
 
     def at(self, x, y):
         (left, top, width, height), ((x0, x1), (y0, y1)) = self.box, self.span
@@ -731,58 +957,82 @@ class Axes:
 
     def dot(self, x, y, low, high, colour, label=""):
         px, py = self.at(x, y)
-        self.body += [self.line([(x, low), (x, high)], colour, 1),
-                      f'<circle cx="{px:.1f}" cy="{py:.1f}" r="{8 if label else 4}" fill="{colour}"/>']
-        self.body += [text_at(px, py + 4, label, "middle", 'fill="white" font-size="10"')] if label else []
+        self.body.append(self.line([(x, low), (x, high)], colour, 1))
+        at = f'cx="{px:.1f}" cy="{py:.1f}" r="{8 if label else 4}"'
+        self.body.append(f'<circle {at} fill="{colour}"/>')
+        if label:
+            self.body.append(text_at(px, py + 4, label, "middle", WHITE))
 
 
 def cost_figure(found):
-    """Gain over cost, all methods: points over direct answers on the same items, tokens as a multiple of them."""
-    points = [(group, label, r) for group in ("main", "baselines", "controls", "beyond") for label, r in found[group].items()
-              if "against" not in label and not (
-                  group != "main" and label in ("TT-SI (the default)", "closest of 4 drafts", "K = 1, of 1 drafts"))]
+    """Gain over cost: points over direct answers on the same items, tokens as a multiple."""
+    points = []
+    for group, colour in zip(("main", "baselines", "controls", "beyond"), COLOURS, strict=True):
+        for label, r in found[group].items():
+            if "against" not in label and (group == "main" or label not in AGAIN):
+                points.append((colour, label, r))
     low = 10 * math.floor(min(r["interval"][0] for *_, r in points) / 10)
     high = 10 * math.ceil(max(r["interval"][1] for *_, r in points) / 10)
     doublings = math.ceil(math.log2(max(r["tokens"] for *_, r in points)))
-    a = Axes(60, 30, 560, 18 * len(points), {v: f"{2 ** v}x" for v in range(doublings + 1)},
-             {v: f"{v:+d}" for v in range(low, high + 1, 10)},
-             "tokens per sample, as a multiple of a direct answer's (training before the first query not counted)",
-             "call accuracy, points over direct answers, 95 % interval over items")
-    for i, (group, label, r) in enumerate(points, 1):
-        colour = COLOURS[("main", "baselines", "controls", "beyond").index(group)]
-        a.dot(math.log2(max(1, r["tokens"])), r["difference"], *r["interval"], colour, str(i))
-        a.body += [f'<circle cx="650" cy="{26 + 18 * i}" r="8" fill="{colour}"/>',
-                   text_at(650, 30 + 18 * i, str(i), "middle", 'fill="white" font-size="10"'), text_at(664, 30 + 18 * i, label)]
+    x = {v: f"{2**v}x" for v in range(doublings + 1)}
+    y = {v: f"{v:+d}" for v in range(low, high + 1, 10)}
+    x_name = "tokens per sample, as a multiple of a direct answer's"
+    x_name += " (training before the first query not counted)"
+    y_name = "call accuracy, points over direct answers, 95 % interval over items"
+    a = Axes(60, 30, 560, 18 * len(points), x, y, x_name, y_name)
+    for i, (colour, label, r) in enumerate(points, 1):
+        cost = math.log2(max(1, r["tokens"]))
+        a.dot(cost, r["difference"], *r["interval"], colour, str(i))
+        a.body.append(f'<circle cx="650" cy="{26 + 18 * i}" r="8" fill="{colour}"/>')
+        a.body.append(text_at(650, 30 + 18 * i, str(i), "middle", WHITE))
+        a.body.append(text_at(664, 30 + 18 * i, label))
     return svg(1060, 18 * len(points) + 80, a.body)
 
 
 def tau_figure(found):
-    """Accuracy and number adapted over tau, out of runs with --select all; tau on the scale of -log10(1 - tau)."""
+    """Accuracy and number adapted over tau, on the scale of -log10(1 - tau)."""
     runs = found["uncertainty"]["margin of the names (the paper)"]["every tau"]
-    taus = [1 - 10 ** (-i / 20) for i in range(81)]
-    at = lambda key, tau: statistics.mean(next(e[key] for e in run if e["tau"] >= tau) for run in runs)
-    curve = lambda key: [(-math.log10(1 - tau), at(key, tau)) for tau in taus]
-    accuracy = [y for key in ("call", "certain_only") for _, y in curve(key)]
-    ticks = {0: "0", -math.log10(.5): "0.5", 1: "0.9", -math.log10(.05): "0.95", 2: "0.99", 3: "0.999", 4: "0.9999"}
+
+    def curve(key):
+        points = []
+        for tau in [1 - 10 ** (-i / 20) for i in range(81)]:
+            at = [next(e[key] for e in run if e["tau"] >= tau) for run in runs]
+            points.append((-math.log10(1 - tau), statistics.mean(at)))
+        return points
+
+    curves = {"call": "adapted below tau (the method)"}
+    curves["certain_only"] = "adapted from tau on (the control)"
+    accuracy = [y for key in curves for _, y in curve(key)]
     low, high = 5 * math.floor(min(accuracy) / 5), 5 * math.ceil(max(accuracy) / 5)
-    top = Axes(60, 30, 500, 200, ticks, {v: str(v) for v in range(low, high + 1, 5)}, "", "call accuracy, %")
-    n = runs[0][-1]["adapted"]
-    below = Axes(60, 290, 500, 120, ticks, {v: str(v) for v in range(0, n + 50, 50)}, "tau", "samples adapted")
-    for i, (key, label) in enumerate((("call", "adapted below tau (the method)"), ("certain_only", "adapted from tau on (the control)"))):
-        top.body += [top.line(curve(key), COLOURS[i]), text_at(580, 60 + 20 * i, label, "start", f'fill="{COLOURS[i]}"')]
-    return svg(800, 470, top.body + below.body + [below.line(curve("adapted"), COLOURS[0])])
+    x = {0: "0", math.log10(2): "0.5", 1: "0.9", math.log10(20): "0.95"}
+    x |= {2: "0.99", 3: "0.999", 4: "0.9999"}
+    y = {v: str(v) for v in range(low, high + 1, 5)}
+    top = Axes(60, 30, 500, 200, x, y, "", "call accuracy, %")
+    y = {v: str(v) for v in range(0, runs[0][-1]["adapted"] + 50, 50)}
+    below = Axes(60, 290, 500, 120, x, y, "tau", "samples adapted")
+    for i, (key, label) in enumerate(curves.items()):
+        top.body.append(top.line(curve(key), COLOURS[i]))
+        top.body.append(text_at(580, 60 + 20 * i, label, "start", f'fill="{COLOURS[i]}"'))
+    below.body.append(below.line(curve("adapted"), COLOURS[0]))
+    return svg(800, 470, top.body + below.body)
 
 
 def dose_figure(found):
     """Accuracy over the share of items that are shifted, direct and with TT-SI."""
-    rows = [(int(label.split()[0]), r) for label, r in found["dose"].items() if label.endswith("shifted")]
-    low = 10 * math.floor(min(r["direct"]["call"] for _, r in rows) / 10)
-    a = Axes(60, 30, 400, 220, {x: f"{x} %" for x, _ in rows}, {v: str(v) for v in range(low, 101, 10)}, "share of shifted items",
-             "call accuracy, %; bars: 95 % interval of the difference")
-    for colour, label, y, ys in ((COLOURS[1], "direct", lambda r: r["direct"]["call"], 0), (COLOURS[0], "TT-SI", lambda r: r["ttsi"]["call"], 1)):
-        a.body += [a.line([(x, y(r)) for x, r in rows], colour), text_at(480, 60 + 20 * ys, label, "start", f'fill="{colour}"')]
-        for x, r in rows:
-            a.dot(x, y(r), *((r["direct"]["call"] + v for v in r["interval"]) if ys else (y(r), y(r))), colour)
+    rows = {int(k.split()[0]): r for k, r in found["dose"].items() if k.endswith("shifted")}
+    low = 10 * math.floor(min(r["direct"]["call"] for r in rows.values()) / 10)
+    x, y = {share: f"{share} %" for share in rows}, {v: str(v) for v in range(low, 101, 10)}
+    y_name = "call accuracy, %; bars: 95 % interval of the difference"
+    a = Axes(60, 30, 400, 220, x, y, "share of shifted items", y_name)
+    curves = (("direct", "direct", COLOURS[1]), ("ttsi", "TT-SI", COLOURS[0]))
+    for i, (side, name, colour) in enumerate(curves):
+        points = [(share, r[side]["call"]) for share, r in rows.items()]
+        a.body.append(a.line(points, colour))
+        a.body.append(text_at(480, 60 + 20 * i, name, "start", f'fill="{colour}"'))
+        for share, r in rows.items():
+            call, direct = r[side]["call"], r["direct"]["call"]
+            bar = [direct + v for v in r["interval"]] if side == "ttsi" else [call, call]
+            a.dot(share, call, *bar, colour)
     return svg(560, 300, a.body)
 
 
@@ -790,69 +1040,101 @@ FIGURES = {"cost": cost_figure, "tau": tau_figure, "dose": dose_figure}
 SHOW = {"uncertainty": (ranked, uncertainties)}
 
 
+# ------------------------------------------------------------------------------------ running
 def publish(stem, group, text):
     """Into each README, between <!-- table STEM GROUP --> and <!-- end -->."""
+    mark = re.escape(f"<!-- table {stem} {group} -->\n")
     for readme in (HERE.parent / "README.md", HERE / "README.md"):
         old = readme.read_text(encoding="utf-8")
-        mark = re.escape(f"<!-- table {stem} {group} -->\n")
         new = re.sub(f"({mark}).*?(<!-- end -->)", lambda m: m[1] + text + m[2], old, flags=re.S)
-        if new != old:
-            readme.write_text(new, encoding="utf-8")
+        readme.write_text(new, encoding="utf-8")
+
+
+def listed(group, found):
+    """Published numbers of a group -> those of the lines that it still has, flagged as today."""
+    lines = GROUPS[group][2]
+    return {label: found[label] | {"flags": f} for label, f, _ in lines if label in found}
 
 
 def results(stem, folder=HERE / "results"):
-    """-> {group: its numbers}, of all that were published."""
-    return {f.stem[len(stem) + 1:]: json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob(f"{stem}-*.json"))}
+    """-> {group: its numbers}, of all that were published and are listed."""
+    found = {}
+    for file in sorted(folder.glob(f"{stem}-*.json")):
+        group = file.stem[len(stem) + 1 :]
+        found[group] = listed(group, json.loads(file.read_text(encoding="utf-8")))
+    return found
 
 
 def figures(stem, found):
-    """Figures, and the table of findings, once all that they need is there -> {file name or group: text}"""
-    whole = all(label in found.get(g, {}) for g, (*_, rows) in GROUPS.items() if g not in TUNING for label, *_ in rows)
-    return {f"{stem}-{name}.svg": draw(found) for name, draw in FIGURES.items()} | {"findings": findings(found)} if whole else {}
+    """Figures, and the table of findings, once all is there -> {file name or group: text}"""
+    for group, (_, _, lines) in GROUPS.items():
+        if group not in TUNING and any(label not in found.get(group, {}) for label, *_ in lines):
+            return {}
+    drawn = {f"{stem}-{name}.svg": draw(found) for name, draw in FIGURES.items()}
+    return drawn | {"findings": findings(found)}
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; default: all that tune nothing")
+def parse_arguments(argv):
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    texts = {"--data": "default: data/test.jsonl; with --quick data/dev.jsonl"}
+    texts["--teacher"] = "who writes the pairs of TT-D; the embedded model has data/teacher"
+    texts["--flags"] = "of ttsi.py, for every run: '--lr 1e-4 --optimizer adamw --dtype bfloat16'"
+    texts["--only"] = "rows whose label or flags hold this text"
+    p.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; default: no tuning")
     p.add_argument("--model", default=ttsi.Config.model)
-    p.add_argument("--data", default="", help="default: data/test.jsonl; with --quick data/dev.jsonl")
-    p.add_argument("--teacher", default="", help="who writes the pairs of TT-D; the embedded model has data/teacher")
-    p.add_argument("--flags", default="", help="of ttsi.py, for every run: '--lr 1e-4 --optimizer adamw --dtype bfloat16'")
-    p.add_argument("--only", default="", help="rows whose label or flags hold this text")
-    p.add_argument("--seeds", type=int, default=0, help="0: 5 for the main table, 2 for the others")
-    p.add_argument("--limit", type=int, default=0, help="only the first so many items; 0: all for the main table, else 250")
-    p.add_argument("--quick", action="store_true", help="10 items, one seed, SFT on 16: under five minutes, nothing is published")
+    for name, text in texts.items():
+        p.add_argument(name, default="", help=text)
+    p.add_argument("--seeds", type=int, default=0, help="0: 5 for the main table, else 2")
+    p.add_argument("--limit", type=int, default=0, help="items; 0: all for main, else 250")
+    p.add_argument("--quick", action="store_true", help="10 items, one seed; publishes nothing")
     args = p.parse_args(argv)
-    partial = args.limit or args.seeds or args.quick or args.flags  # looked at, not published
+    args.partial = bool(args.limit or args.seeds or args.quick or args.flags)  # not published
     args.data = args.data or str(HERE / ("dev.jsonl" if args.quick else "test.jsonl"))
     if args.quick:
         args.limit, args.seeds = args.limit or 10, args.seeds or 1
-    args.teacher = args.teacher or (str(HERE / "teacher") if args.model == ttsi.Config.model else "")
-    ttsi.need(Path(args.data).is_file(), f"--data {args.data}: no such file; give canonical samples, one a line")
+    if not args.teacher and args.model == ttsi.Config.model:
+        args.teacher = str(HERE / "teacher")
+    ttsi.need(Path(args.data).is_file(), f"--data {args.data}: no such file")
+    return args
+
+
+def table_of(lab, group, args, file):
+    """-> the table of a group's lines, printed; their numbers are written to a file."""
+    seeds, items, lines = GROUPS[group]
+    measure, show = SHOW.get(group, (pooled, markdown))
+    lab.limit = args.limit or items
+    found = json.loads(file.read_text(encoding="utf-8")) if args.only and file.exists() else {}
+    for label, flags, rows in lines:
+        if args.only in label + flags:
+            try:
+                runs = [rows(lab, seed) for seed in range(args.seeds or seeds)]
+            except Skip as e:
+                print(f"{label}: left out: {e}", flush=True)
+                continue
+            found[label] = measure(runs) | {"flags": flags}
+            print(f"{label}: {difference(found[label])}", flush=True)
+    found = listed(group, found)
+    print(f"\n{show(found)}\nthe numbers: {os.path.relpath(file)}", flush=True)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return show(found)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
     lab, stem = Lab(args), Path(args.data).stem
-    ttsi.need(all("call" in sample for sample in lab.samples(lab.config(0))), f"{args.data}: not every sample has a label")
+    labelled = all("call" in sample for sample in lab.samples(lab.config(0)))
+    ttsi.need(labelled, f"{args.data}: not every sample has a label")
+    public = lab.embedded and not args.partial
     for group in args.groups or [g for g in GROUPS if g not in TUNING]:
-        seeds, items, lines = GROUPS[group]
-        measure, show = SHOW.get(group, (pooled, markdown))
-        lab.limit = args.limit or items
-        if not any(args.only in label + flags for label, flags, _ in lines):
-            continue
-        file = (HERE / "results" if lab.embedded and not partial else lab.runs) / f"{stem}-{group}.json"
-        found = json.loads(file.read_text(encoding="utf-8")) if args.only and file.exists() else {}
-        for label, flags, rows in lines:
-            if args.only in label + flags:
-                try:
-                    found[label] = measure([rows(lab, s) for s in range(args.seeds or seeds)]) | {"flags": flags}
-                    print(f"{label}: {difference(found[label])}", flush=True)
-                except Skip as e:
-                    print(f"{label}: left out: {e}", flush=True)
-        found = {label: found[label] for label, *_ in lines if label in found}
-        print(f"\n{show(found)}\nthe numbers: {os.path.relpath(file)}", flush=True)
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        if lab.embedded and not partial:
-            publish(stem, group, show(found))
-    if lab.embedded and not partial:
+        ttsi.need(group in GROUPS, f"no group {group}; there are {', '.join(GROUPS)}")
+        if any(args.only in label + flags for label, flags, _ in GROUPS[group][2]):
+            file = (HERE / "results" if public else lab.runs) / f"{stem}-{group}.json"
+            text = table_of(lab, group, args, file)
+            if public:
+                publish(stem, group, text)
+    if public:
         for name, text in figures(stem, results(stem)).items():
             if name.endswith(".svg"):
                 (HERE / "results" / name).write_text(text, encoding="utf-8")
