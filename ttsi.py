@@ -737,11 +737,8 @@ def run(cfg):
     need(not pairs or pairs.keys() & set(ids), f"--pairs {cfg.pairs}: no pairs for any sample")
     model, tok = load(cfg.model, cfg)
     teacher = load(cfg.teacher, cfg) if cfg.teacher else None
-    settings = dataclasses.asdict(cfg) | {
-        "output": "",
-        "pairs": "",
-        "model": fingerprint(model, tok),
-    }
+    settings = dataclasses.asdict(cfg) | {"output": "", "pairs": ""}
+    settings["model"] = fingerprint(model, tok)  # what it is, not where it lies
     settings["teacher"] = fingerprint(*teacher) if teacher else ""
     settings["data"] = hashlib.sha256(dumps([samples, pairs]).encode()).hexdigest()[:16]
     own, beside, rows = resume(cfg, settings, ids, rank, world) if cfg.output else ("", "", {})
