@@ -34,7 +34,6 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
-from torch.nn.functional import linear
 
 import ttsi
 
@@ -308,8 +307,12 @@ def read(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def without_cost(rows):
+    return [{k: v for k, v in row.items() if k != "cost"} for row in rows]
+
+
 def timeless(path):
-    return [{k: v for k, v in row.items() if k != "cost"} for row in read(path)]
+    return without_cost(read(path))
 
 
 def program(folder, argv, first):
@@ -606,13 +609,13 @@ def test_a_token_that_merges_across_the_end_of_the_tools(request_, pairs, adapt)
 def test_a_hooked_layer_is_w_plus_s_b_a(llama):
     cfg, x = config(lora_rank=3, lora_alpha=5.0), torch.randn(2, 6, 32)
     layer = llama.model.layers[0].self_attn.q_proj
-    plain = linear(x, layer.weight)
+    plain = torch.nn.functional.linear(x, layer.weight)
     with pytest.raises(ZeroDivisionError), ttsi.temporary_lora(llama, cfg, ttsi.draw(1)) as lora:
         A, B = lora[:2]
         assert A.shape == (32, 3) and 0.9 < A.abs().max() * 32**0.5 <= 1, "not uniform"
         assert len(lora) == 28 and not B.any() and torch.equal(layer(x), plain), "B = 0 changes"
         B.data.normal_()
-        want = linear(x, layer.weight + 5 / 3 * (A @ B).T)
+        want = torch.nn.functional.linear(x, layer.weight + 5 / 3 * (A @ B).T)
         assert torch.allclose(layer(x), want, atol=1e-4), "not W + s B A"
         raise ZeroDivisionError
     assert torch.equal(layer(x), plain) and not hooks(llama), "the adapter outlives its block"
@@ -670,6 +673,9 @@ def test_suffix_gradients_equal_a_full_forward_with_the_adapter_masked(model, to
 # -------------------------------------------------------------------------------------------- G
 
 
+COPY = "Cancel my FLIGHT to Rome would you please!"
+
+
 @pytest.mark.parametrize(
     "name,arguments,request_,verdict",
     [
@@ -681,12 +687,12 @@ def test_suffix_gradients_equal_a_full_forward_with_the_adapter_masked(model, to
         ("book_flight", {"city": "Oslo", "days": "3"}, "Oslo 3", "wrong type"),
         ("book_flight", {"city": "Oslo", "days": True}, "Oslo true", "wrong type"),
         ("cancel_flight", {"city": "Lima"}, "drop the Oslo flight", "value not in the request"),
-        ("cancel_flight", {"city": "Rome"}, "Cancel my FLIGHT to Rome would you please!", "copy of the request"),
+        ("cancel_flight", {"city": "Rome"}, COPY, "copy of the request"),
         ("cancel_flight", {"city": "Bern"}, "no flight to Bern", "written before"),
         ("pick", {"size": "huge"}, "a huge one", "value not in enum"),
         ("cancel_flight", {"city": "Oslo"}, "Oslo " * 2000, "exceeds the context"),
     ],
-)  # fmt: skip
+)
 def test_checks(llama, tok, name, arguments, request_, verdict):
     pick = tool("pick", size={"type": "string", "enum": ["S", "L"]})
     x, _ = begin(llama, tok, SAMPLES[1] | {"tools": [*FLIGHT, pick]})
@@ -778,7 +784,7 @@ def test_a_teacher_writes_the_drafts_it_would_write_for_itself(llama, tok, embed
 
 
 @pytest.mark.parametrize("broken", ["score", "train", "write"])
-def test_base_and_hooks_are_as_before_after_a_run_and_after_an_exception(
+def test_base_weights_and_hooks_after_a_run_and_after_an_exception_in_it(
     model, tok, monkeypatch, broken
 ):
     before, count, first = digest(model), hooks(model), run(model, tok)
@@ -1050,3 +1056,803 @@ def test_models_without_a_plain_cache_are_refused(tok, tmp_path):
         with pytest.raises(ttsi.InputError, match=f"{folder}: .*cache") as e:
             ttsi.load(folder, ttsi.Config())
         assert "\n" not in str(e.value)
+
+
+# ------------------------------------------------------------------- what the model writes is data
+
+F = {"name": "f", "arguments": {}}
+DEEP = '{"call": ' * 3000 + "}" * 3000
+
+
+@pytest.mark.parametrize(
+    "text,value",
+    [
+        ("Sure! " + json.dumps(F) + " and more {", F),
+        ("use {x} then " + json.dumps(F), F),
+        ("{} " + json.dumps(F), F),
+        ("of {this} kind: " + json.dumps(PAIRS["b"][0]) + "}", PAIRS["b"][0]),
+        (json.dumps({"call": F, "request": "x"})[:-4], None),
+        (json.dumps({"call": F, "request": "x"})[:42], None),
+        (json.dumps({"call": F})[:-1], None),
+        ('{"a": 1}', None),
+        ('{"name": NaN}', None),
+        ('{"name": 1e999}', None),
+        ('{"name": "\\ud800"}', None),
+        ('{"name": ' + "[" * 9000 + "]" * 9000 + "}", None),
+        ("[1]", None),
+        ("", None),
+    ],
+)
+def test_parse(text, value):
+    assert ttsi.parse(text) == value, "text, and braces in it, are passed over; open ones are not"
+
+
+@pytest.mark.parametrize("text", ["{" * 99999, '{"a":' * 99999, "[" * 99999, "{ " * 5000, DEEP])
+def test_hostile_nesting_is_no_call(text):
+    assert ttsi.parse(text) is None and ttsi.parse("x" + text) is None
+
+
+OUTPUT = ["", "{", "}" * 5000, "{" * 5000, DEEP, "[" * 100000, "null", "[1]", "\0\x1b\u2028\ufffd"]
+OUTPUT += ['{"name": null, "arguments": null}', '{"name": ["only"], "arguments": {}}']
+OUTPUT += ['{"name": "only", "arguments": [[]]}', '{"name": 1, "name": 2}', '{"a":' * 99999]
+OUTPUT += [
+    '{"call": {"name": {}, "arguments": {}}, "request": 7}',
+    '{"call": 1, "request": "\\ud800"}',
+]
+OUTPUT += ['{"call": {"name": "get", "arguments": {"x": NaN}}, "request": "x"}']
+OUTPUT += ['{"call": {"name": "get", "arguments": {"x": %s}}, "request": "x"}' % ("9" * 5000)]
+OUTPUT += [json.dumps(pair("<|assistant|>{", "cancel_flight", days={"": [None, True, 1e308]}))]
+OUTPUT += [json.dumps(pair("again " * 300, "book_flight", city="again " * 300))]
+OUTPUT += [json.dumps(pair("get them all", "get")), "{{ 7 * 7 }}{% for i in range(9) %}x"]
+OUTPUT += [
+    '{"request": "x", "call": {"name": "only", "arguments": "{"}}',
+    "__import__('os').abort()",
+]
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_whatever_the_model_writes_is_counted_data(model, tok, check, monkeypatch):
+    before = digest(model)
+    cfg = dataclasses.replace(ALWAYS, check=check, drafts=3, attempts=2, epochs=1)
+    for i in range(0, len(OUTPUT), few(6, 1)):
+        scripted(monkeypatch, itertools.cycle(OUTPUT[i:] + OUTPUT[:i]))
+        rows = rows_of(model, tok, SAMPLES, cfg)
+        counted = ttsi.summarise(rows)["drafts"]
+        assert sum(counted.values()) == sum(len(r["drafts"]) for r in rows) >= 9, "not each draft"
+        assert json.loads(ttsi.dumps(rows)) == rows, "a row that cannot be read again"
+    assert digest(model) == before and not hooks(model)
+
+
+@pytest.mark.parametrize("adapt", ["suffix", "full"])
+@pytest.mark.parametrize(
+    "what,bad",
+    [("score", math.nan), ("score", math.inf), ("logprob", math.nan), ("logprob", math.inf)]
+    + [("train", math.inf), ("train", math.nan)],
+)
+def test_a_number_that_is_not_finite_leaves_the_base_answer_and_the_neighbours(
+    llama, tok, monkeypatch, what, bad, adapt
+):
+    cfg, before = dataclasses.replace(ALWAYS, adapt=adapt, lr=0.5), digest(llama)
+    healthy, keep = rows_of(llama, tok, SAMPLES, cfg, PAIRS), getattr(ttsi, what)
+
+    def broken(*args):
+        found = keep(*args)
+        if what == "train":
+            args[2][-1].data[0] = bad  # after the last step: no loss tells
+        if what == "logprob" and torch.is_grad_enabled():
+            return found + bad
+        return found | {next(iter(found)): bad} if what == "score" else found
+
+    with monkeypatch.context() as m:
+        m.setattr(ttsi, what, broken)
+        row = rows_of(llama, tok, SAMPLES[:1], cfg, PAIRS)[0]
+    kind = "score" if what == "score" else "training"
+    assert row["decision"] == f"{kind} not finite" and json.loads(ttsi.dumps(row)) == row
+    assert row["answer"] == row["direct"] == healthy[0]["direct"], "not the base's answer"
+    assert without_cost(rows_of(llama, tok, SAMPLES, cfg, PAIRS)) == without_cost(healthy), (
+        "it stays broken"
+    )
+    assert "not finite" in str(ttsi.summarise([row])["decisions"]) and digest(llama) == before
+
+
+# ------------------------------------------------------------------------------ prompts and scoring
+
+SYSTEMLESS = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
+    "{% endif %}[{{ m.content }}]{% endfor %}>"
+)
+DROPPING = "{% for m in messages if m.role != 'system' %}[{{ m.content | trim }}]{% endfor %}>"
+THINKING = (
+    "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if enable_thinking is not defined or"
+    " enable_thinking %}<think>{% else %}<think></think>{% endif %}"
+)
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %B %Y') %}{% endif %}"
+    "[{{ date_string }}]{% for m in messages %}[{{ m.content }}]{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template,end",
+    [(SYSTEMLESS, "USER]>"), (DROPPING, "USER]>"), (THINKING, "<think></think>"), (None, "")]
+    + [(DATED, "USER]"), ({"default": DATED, "tool_use": "{{ 1 / 0 }}"}, "USER]")],
+)
+def test_templates(tok, template, end):
+    text, head = ttsi.render(templated(tok, template), "SYSTEM", "USER")
+    assert text[:head].endswith("SYSTEM") and text.count("USER") == 1, "where the tools end"
+    assert text.index("USER") >= head and text.endswith(end), "it thinks, or is cut"
+    assert "[01 January 2026]" in text or "DATED" not in str(template), "another prompt every day"
+
+
+def test_a_template_that_drops_the_request_is_an_error(tok):
+    with pytest.raises(ttsi.InputError, match="template"):
+        ttsi.render(templated(tok, "{{ messages[0].content[:3] }}"), "SYSTEM", "USER")
+
+
+def test_a_dialogue_becomes_a_transcript():
+    called = [{"type": "function", "function": {"name": "find", "arguments": {"q": 1}}}]
+    turns = [*user("hi"), {"role": "assistant", "content": None, "tool_calls": called}]
+    turns += [{"role": "tool", "content": "none"}, *user(" so? ")]
+    want = 'user: hi\ncall: {"name": "find", "arguments": {"q": 1}}\ntool: none\nuser: so?'
+    assert ttsi.user_text(turns) == want
+
+
+@pytest.mark.parametrize(
+    "name,given,gold,accept,right",
+    [
+        ("f", {"x": 12.0}, {"x": "12"}, None, True),
+        ("f", {"x": "a", "y": 1}, {"x": "a"}, None, False),
+        ("f", {}, {"x": "a"}, None, False),
+        ("f", [1], {}, None, False),
+        ("g", {"x": 12}, {"x": 12}, None, False),
+        ("f", {"x": True, "l": [1.0, {"k": 2}]}, {"x": True, "l": [1, {"k": 2}]}, None, True),
+        ("f", {"x": True}, {"x": 1}, None, False),
+        ("f", {"x": 2}, {"x": 1}, {"x": [1, 2], "y": ["u", ""]}, True),
+        ("f", {"y": "u"}, {"x": 1}, {"x": [1, 2], "y": ["u", ""]}, False),
+        ("f", {"x": 1, "z": 1}, {"x": 1}, {"x": [1]}, False),
+        ("", {}, {}, None, False),
+    ],
+)
+def test_grade(name, given, gold, accept, right):
+    sample = {"call": {"name": "f", "arguments": gold}} | ({"accept": accept} if accept else {})
+    text = json.dumps({"name": name, "arguments": given}) if name else "no json"
+    assert ttsi.grade(text, sample) == {"name": name == "f", "call": right}
+
+
+def summary_row(i, decision, direct, answer, first, cost, *verdicts, logp=2):
+    grades = {"direct": {"name": direct, "call": direct}, "answer": {"name": True, "call": answer}}
+    row = {"id": i, "decision": decision, "scores": grades | {"first": first}, "cost": cost}
+    row["logp"] = {str(n): -1.0 for n in range(logp)}
+    return row | {"drafts": [{"verdict": verdict} for verdict in verdicts]}
+
+
+def test_summary_by_hand():
+    base = {"prefill": [1.0, 10], "score": [0.5, 5], "direct": [2.0, 20]}
+    more, less = {"train": [4.0, 40], "answer": [2.0, 20]}, {"train": [2.0, 20]}
+    rows = [
+        summary_row("a", "adapted", False, True, True, base | more, "kept", "wrong type"),
+        summary_row("b", "certain", True, True, False, base, logp=1),
+        summary_row("c", "adapted", True, False, False, base | less, "kept"),
+        summary_row("e", "certain", False, True, False, base),
+        summary_row("d", "not answered: too long", False, False, False, {}, logp=0),
+    ]
+    s = ttsi.summarise(rows)
+    assert s["samples"] == {"all": 5, "labelled": 5, "with one tool": 1}
+    named = {"adapted": 2, "certain": 2, "d: not answered: too long": 1}
+    assert s["decisions"] == named and s["drafts"] == {"kept": 2, "wrong type": 1}
+    tokens = {"prefill": 10, "score": 5, "generate": 0, "train": 15, "answer": 5}
+    assert s["tokens"] == tokens | {"all": 35, "direct": 20, "ratio": 1.75}, "over the answered"
+    assert s["seconds"]["all"] == pytest.approx((7.5 + 1.5 + 3.5 + 1.5) / 4), "not the direct one"
+    assert s["always first"] == {"name": 20} and s["direct"] == {"name": 40, "call": 40}
+    assert s["TT-SI"]["call"] == 60 and s["difference"]["call"] == 20
+    assert (s["difference"]["wins"], s["difference"]["losses"]) == (2, 1)
+    del rows[4]["scores"]
+    assert ttsi.summarise([]) and "TT-SI" not in ttsi.summarise(rows[4:]), "there is no label"
+
+
+def test_interval():
+    assert ttsi.interval([1, 1, 1]) == [1, 1]
+    low, high = ttsi.interval([1] * 50 + [0] * 50)  # about 0.5 +- 1.96 * 0.5 / 10
+    assert low == pytest.approx(0.402, abs=0.02) and high == pytest.approx(0.598, abs=0.02)
+
+
+# ------------------------------------------------------------------------------------ input
+
+
+GOOD = {"query": "q", "tools": [{"name": "f", "parameters": {}}], "call": F | {"arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    "change,complaint",
+    [
+        ("{", "Expecting"),
+        ("[]", "no JSON object"),
+        ('{"x": ' + "[" * 100 + "]" * 100 + "}", "nested more than 100 deep"),
+        ('{"query": NaN}', "NaN"),
+        ('{"query": 1e999}', "Out of range"),
+        ('{"query": "\\ud800"}', "surrogates"),
+        ({"query": None}, "no request"),
+        ({"query": " "}, "no request"),
+        ({"query": [1]}, ""),
+        ({"tools": None}, "no tools"),
+        ({"tools": []}, "a tool is missing"),
+        ({"tools": [{}]}, "a tool must be"),
+        ({"tools": [F, F]}, "offered twice"),
+        ({"tools": [{"name": "f", "parameters": {"properties": [1]}}]}, ""),
+        ({"tools": [{"name": "f", "parameters": {"required": 1}}]}, "a tool must be"),
+        ({"call": F | {"name": "g"}}, '"call" must be'),
+        ({"call": "f"}, '"call" must be'),
+        ({"call": F | {"arguments": "{"}}, '"call" must be'),
+        ({"accept": {"x": 1}}, '"accept" must be'),
+        ({"id": 1}, "twice"),
+    ],
+)
+def test_every_bad_line_is_named(tmp_path, change, complaint):
+    line = change if isinstance(change, str) else json.dumps(GOOD | change)
+    path = tmp_path / "x.jsonl"
+    path.write_text(f"\ufeff{json.dumps(GOOD)}\r\n\n{line}\n{{\n")
+    with pytest.raises(ttsi.InputError) as e:
+        ttsi.read_jsonl(path, ttsi.to_sample)
+    message = str(e.value)
+    assert message.startswith(f"{path}:3: ") and complaint in message and "\n" not in message
+
+
+def test_a_byte_order_mark_and_line_endings_change_nothing(tmp_path):
+    lines, found = DEMO.read_text().splitlines()[:3], []
+    forms = ["\n".join(lines), "\ufeff" + "\r\n".join(lines) + "\r\n", "\r".join(lines)]
+    for text in [*forms, "\n\n".join(lines) + "\n"]:
+        (tmp_path / "x.jsonl").write_bytes(text.encode())
+        found.append(to_samples(tmp_path / "x.jsonl"))
+    assert all(samples == found[0] for samples in found) and len(found[0]) == 3
+
+
+def test_a_file_without_a_sample_is_refused(tmp_path):
+    (tmp_path / "x.jsonl").write_text("\n \n")
+    with pytest.raises(ttsi.InputError, match="nothing in it"):
+        to_samples(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    "argv,complaint",
+    [
+        ("--model /no/such", "/no/such: cannot be loaded"),
+        ("--data /no/such", "/no/such"),
+        ("--k 0", "--k 0"),
+        ("--tau nan", "--tau nan"),
+        ("--optimizer x", "invalid choice"),
+        ("--lora_rank x", "invalid int"),
+        ("--nonsense", "unrecognized"),
+        ("--trace zzz", "--trace zzz"),
+        ("--trace demo-000 --output x", "--trace"),
+        (f"--pairs {DEMO}", "no pairs for any sample"),
+        ("--teacher /no/such", "/no/such: cannot be loaded"),
+        ("--output /", "--output /: "),
+        ("--output /proc/x.jsonl", "--output /proc/x.jsonl: "),
+        ("--output /proc/x/y.jsonl", "--output /proc/x/y.jsonl: "),
+        ("--device abacus", "on abacus"),
+    ],
+)
+def test_bad_flags_are_told_in_one_line(argv, complaint):
+    with pytest.raises(ttsi.InputError) as e:
+        quiet(*argv.split())
+    assert complaint in str(e.value) and "\n" not in str(e.value)
+
+
+def test_bad_input_ends_with_exit_code_2_and_no_traceback(tmp_path):
+    code, out, err = python(tmp_path, "--k", 0)
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("ttsi: --k 0: "), err
+
+
+def test_flags(capsys):
+    flags = ttsi.parse_flags(["--paper", "--max_new_tokens=9", "--no-shuffle", "--lora-rank", "4"])
+    stated = {"tau": 0.95, "k": 1, "drafts": 1, "attempts": 1, "check": False, "lora_alpha": 16.0}
+    stated |= {"optimizer": "adamw", "lr": 1e-4, "adapt": "full", "epochs": 5, "shuffle": False}
+    stated |= {"max_new_tokens": 9, "lora_rank": 4}
+    assert dataclasses.asdict(flags).items() >= stated.items()
+    assert ttsi.parse_flags(["--lora_rank", "3"]) == ttsi.parse_flags(["--lora-rank", "3"])
+    assert ttsi.parse_flags([]) == ttsi.Config(), "the defaults are those of Config"
+    with pytest.raises(SystemExit):
+        ttsi.parse_flags(["-h"])
+    told = capsys.readouterr().out
+    missing = [f.name for f in dataclasses.fields(ttsi.Config) if f"  --{f.name}" not in told]
+    assert not missing, "a field is no flag"
+
+
+# ---------------------------------------------------------------------------------------- runs
+
+
+def test_output_resumes_after_any_cut_and_refuses_other_settings(loaded, tmp_path):
+    path = tmp_path / "new" / "run.jsonl"
+    summary, _ = quiet(*SHORT, "--output", path)
+    whole, raw = timeless(path), path.read_bytes()
+    assert [r["id"] for r in whole] == [f"demo-{i:03d}" for i in range(5)], "not each, in order"
+    assert {r["decision"] for r in whole} > {"adapted"}, "nothing to compare"
+    written = json.loads((tmp_path / "new/run.summary.json").read_text())
+    assert written.items() >= summary.items() and written["config"]["tau"] == 0.95
+    ends = [0] + [i + 1 for i, byte in enumerate(raw) if byte == 10]
+    for cut in (0, 9, ends[1], ends[2] - 1, ends[2] + 10, ends[4]):
+        path.write_bytes(raw[:cut])
+        quiet(*SHORT, "--output", path)
+        assert timeless(path) == whole, f"cut at {cut}: other rows than an uninterrupted run"
+        kept = max(end for end in ends if end <= cut)
+        assert path.read_bytes()[:kept] == raw[:kept], "whole rows were made again"
+    path.write_bytes(raw[: ends[2]])
+    for flags, why in (["--tau", 0.5], "tau = 0.95, not 0.5"), (["--trace", "demo-050"], "--trace"):
+        with pytest.raises(ttsi.InputError, match=why):
+            quiet(*SHORT, "--output", path, *flags)
+    assert path.read_bytes() == raw[: ends[2]], "a refused run must not touch the file"
+
+
+def copied(folder):
+    """-> the flags of a model and data of its own"""
+    shutil.copytree(HERE / "data/model", folder / "m")
+    shutil.copy(DEMO, folder / "d.jsonl")
+    return [*SHORT, "--model", folder / "m", "--data", folder / "d.jsonl"]
+
+
+def cut_short(path):
+    """Two rows stay; -> all that were there"""
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(rows[:2]))
+    return rows
+
+
+def test_the_same_files_elsewhere_go_on(tmp_path):
+    path = tmp_path / "run.jsonl"
+    quiet(*copied(tmp_path / "here"), "--output", path)
+    whole, rows = timeless(path), cut_short(path)
+    quiet(*copied(tmp_path / "there"), "--output", path)
+    assert timeless(path) == whole, "other rows"
+    assert path.read_bytes().splitlines(keepends=True)[:2] == rows[:2], "all were made again"
+
+
+def test_other_weights_under_the_same_path_are_refused(tmp_path):
+    path, argv = tmp_path / "run.jsonl", copied(tmp_path / "here")
+    quiet(*argv, "--output", path)
+    cut_short(path)
+    before, file = path.read_bytes(), tmp_path / "here/m/model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights["model.norm.weight"][0] += 0.5
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ttsi.InputError, match="begun with model = "):
+        quiet(*argv, "--output", path)
+    assert path.read_bytes() == before
+
+
+def test_other_data_under_the_same_name_are_noticed(loaded, tmp_path):
+    data, line = tmp_path / "d.jsonl", DEMO.read_text().splitlines()[0]
+    unread = line.replace('"id":', '"mark": 1, "id":', 1)
+    for text, other in ((line, False), (unread, False), (line.replace("could", "would"), True)):
+        data.write_text(text)
+        refused = pytest.raises(ttsi.InputError, match="begun with data = ")
+        with refused if other else contextlib.nullcontext():
+            quiet("--data", data, "--output", tmp_path / "run.jsonl", "--max-new-tokens", 8)
+
+
+def test_hostile_rows_in_an_output_are_refused(loaded, tmp_path):
+    path, beside = tmp_path / "run.jsonl", tmp_path / "run.summary.json"
+    quiet(*BRIEF, "--output", path)
+    raw, kept = path.read_bytes(), beside.read_bytes()
+    bad = [b"[]", b"{", b'{"id": ["a"]}', b'{"id": "demo-099"}', b"\xff", b"[" * 9999]
+    bad += [b'{"id": "demo-000"}', raw.splitlines()[0].replace(b"scores", b"x")]
+    cases = [(raw + line + b"\n", kept) for line in bad[:-1]]
+    cases += [(raw, text) for text in (b"[]", b'{"config": [5]}', b"{")]
+    for rows, summary in cases:
+        path.write_bytes(rows)
+        beside.write_bytes(summary)
+        with pytest.raises(ttsi.InputError, match=f"^--output {path}: .*; take") as e:
+            quiet(*BRIEF, "--output", path)
+        assert path.read_bytes() == rows, "a file that is refused must not be touched"
+        assert "\n" not in str(e.value)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "notes.txt").write_text("no rows, and no end of line")
+    for name in ("pipe", "notes.txt"):
+        with pytest.raises(ttsi.InputError, match=f"^--output {tmp_path / name}: "):
+            quiet(*BRIEF, "--output", tmp_path / name)
+    assert (tmp_path / "notes.txt").read_text() == "no rows, and no end of line"
+
+
+def test_outputs_side_by_side_do_not_touch_one_another(loaded, tmp_path):
+    others = ["run.rank0of2.backup.jsonl", "run.ranking.jsonl"]
+    for name in others:
+        (tmp_path / name).write_text('{"id": "demo-000"}\n')
+    for tau in (0.1, 0.2, 0.1):
+        for name in (f"tau{tau}", f"run{tau}.jsonl", f"run{tau}.2.jsonl"):
+            quiet(*BRIEF, "--limit", 1, "--tau", tau, "--output", tmp_path / name)
+    with pytest.raises(ttsi.InputError, match="begun with tau = 0.1, not 0.2"):
+        quiet(*BRIEF, "--limit", 1, "--tau", 0.2, "--output", tmp_path / "tau0.1")
+    quiet(*BRIEF, "--limit", 1, "--output", tmp_path / "run.jsonl")
+    assert len(list(tmp_path.iterdir())) == 2 + 6 * 2 + 2
+    assert all((tmp_path / name).read_text() == '{"id": "demo-000"}\n' for name in others)
+
+
+def test_a_row_lets_a_reader_check_the_decision(loaded, tmp_path):
+    quiet(*SHORT, "--output", tmp_path / "run.jsonl")
+    for row in read(tmp_path / "run.jsonl"):
+        p = sorted(map(math.exp, row["logp"].values()), reverse=True)
+        assert row["margin"] == pytest.approx((p[0] - p[1]) / sum(p), abs=1e-6)
+        assert (row["decision"] == "certain") == (row["margin"] >= 0.95) == (not row["drafts"])
+        assert (row["decision"] == "adapted") == bool(row["pairs"]) == bool(row["loss"])
+        assert all(bool(d["pair"]) == (d["verdict"] == "kept") for d in row["drafts"])
+        sample = to_samples(DEMO)[row["id"]]
+        assert row["scores"]["answer"] == ttsi.grade(row["answer"], sample)
+
+
+def test_trace_prints_the_story_in_the_algorithms_order_the_label_last(loaded, tmp_path):
+    given = {"id": "demo-003", "pairs": [pair("another one", "f", x="7")]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(given))
+    argv = ["--trace", "demo-003", "--tau", 2, "--no-check", "--epochs", 2]
+    _, text = quiet(*argv, "--pairs", tmp_path / "p.jsonl")
+    sample = to_samples(DEMO)["demo-003"]
+    parts = ["<|system|>", "<|user|>" + ttsi.user_text(sample["messages"]), "margin", "drafts"]
+    parts += ["another one", "kept", "another one", "loss", "adapted", "answer", "label"]
+    for part in parts:
+        assert part in text, f"{part} is missing, or out of order"
+        text = text[text.index(part) + len(part) :]
+    assert text.strip() == str(sample["call"]), "the label comes last, and nothing behind it"
+    _, text = quiet(*argv[:4], "--attempts", 1, "--max-new-tokens", 5)
+    assert "no pair" in text and text.strip().endswith(str(sample["call"]))
+
+
+def test_trace_of_a_sample_that_cannot_be_asked(loaded, tmp_path):
+    record = json.loads(DEMO.read_text().splitlines()[0]) | {"messages": user("word " * 5000)}
+    (tmp_path / "d.jsonl").write_text(json.dumps(record))
+    _, text = quiet("--data", tmp_path / "d.jsonl", "--trace", record["id"])
+    assert "not answered: " in text and text.strip().endswith(str(record["call"]))
+
+
+def test_pairs_come_from_another_run(loaded, tmp_path):
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    quiet(*SHORT, "--tau", 2, "--output", first)
+    quiet(*SHORT, "--tau", 2, "--pairs", first, "--output", second)
+    for a, b in zip(timeless(first), timeless(second), strict=True):
+        assert (a["pairs"], a["answer"]) == (b["pairs"], b["answer"]), "a run's rows are pairs"
+
+
+def test_the_demo_shows_every_step(embedded):
+    samples = list(to_samples(DEMO).values())
+    assert len(samples) == 100
+    rows = rows_of(*embedded, samples[:20], ttsi.Config())
+    grades = [(row["scores"]["direct"]["name"], row["margin"]) for row in rows]
+    right, wrong = ([m for name, m in grades if name == value] for value in (True, False))
+    assert sum(right) / len(right) > sum(wrong) / len(wrong), "wrong answers have lower margins"
+    assert sum(row["decision"] == "adapted" for row in rows) >= 5, "drafts are accepted for many"
+
+
+# --------------------------------------------------------------------------------- nothing is lost
+
+TABLE = r"(?m)^samples +all {},"
+
+
+def test_killed_at_random_moments_a_run_goes_on(tmp_path):
+    path, r, kills = tmp_path / "run.jsonl", random.Random(0), 0
+    argv, began = (*SHORT, "--output", path), time.time()
+    assert python(tmp_path, *argv, first=fsync_slowly)[0] == 0
+    whole, seconds = timeless(path), time.time() - began
+    path.unlink()
+    while kills < few(3, 50):
+        child = start(tmp_path, *argv, first=fsync_slowly)
+        child.join(r.uniform(0, seconds))
+        child.kill()
+        child.join()
+        kills += child.exitcode == -signal.SIGKILL
+        if child.exitcode == 0:
+            assert timeless(path) == whole, "other rows than an uninterrupted run"
+            path.unlink()
+    assert python(tmp_path, *argv)[0] == 0
+    assert timeless(path) == whole and len(whole) == 5, "other rows than an uninterrupted run"
+
+
+def test_interrupted_it_ends_with_the_table_so_far(tmp_path):
+    path = tmp_path / "run.jsonl"
+    child = start(tmp_path, "--output", path)
+    while not (path.exists() and path.read_bytes()):
+        assert child.is_alive(), (tmp_path / "err").read_text()
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGINT)
+    child.join(60)
+    n, out = len(path.read_text().splitlines()), (tmp_path / "out").read_text()
+    assert child.exitcode == 130 and "Traceback" not in (tmp_path / "err").read_text()
+    assert re.search(TABLE.format(n), out) and n < 100, "no table of what is there"
+
+
+def test_an_interrupt_in_training_leaves_the_base_as_it_was(loaded, embedded, monkeypatch):
+    before, gradient, calls = digest(embedded[0]), torch.autograd.grad, itertools.count()
+
+    def interrupted(*args, **more):
+        if next(calls) == 3:  # in the second sample
+            raise KeyboardInterrupt
+        return gradient(*args, **more)
+
+    monkeypatch.setattr(torch.autograd, "grad", interrupted)
+    with pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(io.StringIO()) as told:
+        ttsi.main([*map(str, SHORT), "--tau", "2"])
+    assert digest(embedded[0]) == before and not hooks(embedded[0]), "not reset"
+    assert re.search(TABLE.format("[1-4]"), told.getvalue()), "no table of what is there"
+
+
+def test_rows_are_on_disk_before_the_next_sample(loaded, tmp_path, monkeypatch):
+    path, keep, fsync, seen, synced = tmp_path / "run.jsonl", ttsi.tt_si, os.fsync, [], []
+
+    def looking(*args):
+        seen.append((len(timeless(path)), path.stat().st_size in synced))
+        return keep(*args)
+
+    monkeypatch.setattr(ttsi, "tt_si", looking)
+    monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), synced.append(os.fstat(fd).st_size)))
+    quiet(*BRIEF, "--output", path)
+    assert seen == [(n, True) for n in range(4)], (
+        "rows there, and no byte that was not synchronised"
+    )
+
+
+def test_a_full_disk_ends_with_one_line_and_keeps_what_is_there(loaded, tmp_path):
+    path, argv = tmp_path / "run.jsonl", (*SHORT, "--output", tmp_path / "run.jsonl")
+    quiet(*argv)
+    whole, raw = timeless(path), path.read_bytes().splitlines(keepends=True)
+    path.unlink()
+    room = len(b"".join(raw[:3])) + 50  # for three rows and a part of the next
+    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room))
+    code, out, err = python(tmp_path, *argv, first=full)
+    assert code == 1 and "Traceback" not in err and re.search(TABLE.format("[34]"), out)
+    assert err.splitlines()[-1].startswith("ttsi: [Errno 27] File too large"), err
+    ids = [json.loads(line)["id"] for line in path.read_bytes().splitlines()[:3]]
+    assert ids == [r["id"] for r in whole[:3]], "rows that were there are lost"
+    quiet(*argv)
+    assert timeless(path) == whole and not list(tmp_path.glob("*part")), "it does not go on"
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "x"
+    ttsi.save(path, ["one", "two"])
+    with monkeypatch.context() as m, pytest.raises(OSError, match="No space left"):
+        m.setattr(os, "fsync", full)
+        ttsi.save(path, ["three"])
+    assert path.read_bytes() == b"one\ntwo\n", "neither the old nor the new file is there"
+    ttsi.save(path, ["three"])
+    ttsi.save(path, ["four"], "a")
+    assert path.read_bytes() == b"three\nfour\n" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_vanished_directory_ends_with_one_line_and_the_table(loaded, tmp_path, monkeypatch):
+    path, keep = tmp_path / "new/run.jsonl", ttsi.tt_si
+
+    def vanishing(model, tok, sample, *args):
+        if sample["id"] == "demo-002":
+            shutil.rmtree(tmp_path / "new")
+        return keep(model, tok, sample, *args)
+
+    monkeypatch.setattr(ttsi, "tt_si", vanishing)
+    gone = pytest.raises(OSError, match="No such file or directory: .*new/run.jsonl")
+    with gone, contextlib.redirect_stdout(io.StringIO()) as told:
+        ttsi.main([*map(str, BRIEF), "--output", str(path)])
+    assert re.search(TABLE.format(3), told.getvalue()), "what was computed is lost"
+
+
+MEMORY = [None, MemoryError("no memory"), torch.OutOfMemoryError("CUDA out of memory.")]
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=["host", "python", "device"])
+def test_out_of_memory_is_one_line_and_the_rows_stay(loaded, tmp_path, error):
+    path, full = tmp_path / "run.jsonl", functools.partial(fail_at_the_third_gradient, error)
+    argv = (*SHORT, "--tau", 2, "--output", path)
+    code, out, err = python(tmp_path, *argv, first=full)
+    n, there = len(timeless(path)), path.read_bytes()
+    assert code == 1 and re.search(TABLE.format(n), out) and 0 < n < 5, err
+    last = err.splitlines()[-1]
+    assert last.startswith("ttsi: ") and "memory" in last and "Traceback" not in err
+    quiet(*argv)
+    assert path.read_bytes().startswith(there) and len(timeless(path)) == 5, "it does not go on"
+
+
+def test_other_errors_are_not_taken_for_memory(tmp_path):
+    full = functools.partial(fail_at_the_third_gradient, RuntimeError("shapes differ"))
+    code, _, err = python(tmp_path, *SHORT, "--tau", 2, first=full)
+    assert code == 1 and "Traceback" in err and "RuntimeError: shapes differ" in err
+
+
+# ----------------------------------------------------------------------------------- processes
+
+
+def as_ranks(monkeypatch, world, *argv):
+    for rank in range(world):
+        with monkeypatch.context() as m:
+            m.setenv("RANK", str(rank))
+            m.setenv("WORLD_SIZE", str(world))
+            assert "TT-SI" not in quiet(*argv)[1], "no table of a part"
+
+
+def test_ranks_share_the_samples_and_one_process_merges_their_rows(loaded, tmp_path, monkeypatch):
+    def ids(name):
+        return "".join(row["id"][-1] for row in timeless(tmp_path / name))
+
+    path, one, argv = tmp_path / "run.jsonl", tmp_path / "one.jsonl", (*SHORT, "--limit", 7)
+    with pytest.raises(ttsi.InputError, match="--output"):
+        as_ranks(monkeypatch, 2, *argv)
+    quiet(*argv, "--output", one)
+    as_ranks(monkeypatch, 2, *argv, "--output", path)
+    assert (ids("run.rank0of2.jsonl"), ids("run.rank1of2.jsonl")) == ("0246", "135")
+    cut = tmp_path / "run.rank1of2.jsonl"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    as_ranks(monkeypatch, 3, *argv, "--output", path)
+    merged = [{*ids(f"run.rank{rank}of3.jsonl")} for rank in range(3)]
+    assert set.union(*merged) == {*"0123456"}, "a rank's rows are lost"
+    monkeypatch.setattr(ttsi, "tt_si", lambda *_: 1 / 0)  # nothing is run again
+    _, text = quiet(*argv, "--output", path)
+    assert timeless(path) == timeless(one) and re.search(TABLE.format(7), text)
+    assert len(list(tmp_path.glob("run*"))) == 2, "files of ranks are left"
+
+
+@slow
+def test_torchrun(tmp_path):
+    argv = [str(a) for a in (HERE / "ttsi.py", *SHORT, "--output", tmp_path / "run.jsonl")]
+    env, ranks = os.environ | {"OMP_NUM_THREADS": "1"}, "torch.distributed.run"
+    for n in (2, 3):
+        command = [sys.executable, "-m", ranks, f"--nproc-per-node={n}", *argv]
+        subprocess.run(command, check=True, env=env)
+    assert len(list(tmp_path.glob("run.rank?of?.jsonl"))) == 5
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and re.search(TABLE.format(5), done.stdout), done.stderr
+    quiet(*SHORT, "--output", tmp_path / "one.jsonl")
+    for a, b in zip(
+        timeless(tmp_path / "run.jsonl"), timeless(tmp_path / "one.jsonl"), strict=True
+    ):
+        assert (a["id"], a["answer"], a["pairs"]) == (b["id"], b["answer"], b["pairs"])
+
+
+# ------------------------------------------------------------------------------- hostile input
+
+
+def hang(*_):
+    raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    "kind,n",
+    [(hostile_data, few(25, 500)), (hostile_pairs, few(10, 150))]
+    + [(hostile_flags, few(15, 200)), (hostile_model, few(6, 150))],
+)
+def test_hostile_input_is_refused_in_lines_that_name_the_place_or_goes_through(
+    embedded, tmp_path, monkeypatch, kind, n
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    load, before, refused = ttsi.load, digest(embedded[0]), 0
+    signal.signal(signal.SIGALRM, hang)
+    brief = [*BRIEF, "--limit", 1, "--epochs", 1, "--tau", 2]
+    for seed in range(n):
+        argv, place = kind(random.Random(seed), tmp_path)
+        other = re.search("--(model|teacher|device|dtype)", " ".join(map(str, argv)))
+        monkeypatch.setattr(ttsi, "load", load if other else lambda *_: embedded)
+        signal.alarm(60)
+        try:
+            summary, _ = quiet(*brief, *argv)
+            assert summary["samples"]["all"] == 1 or kind is hostile_flags, "the sample is lost"
+        except ttsi.InputError as e:
+            assert re.match(place, str(e)), f"{kind.__name__}, seed {seed}: {place} not in {e}"
+            assert "\n" not in str(e).replace("a\nb", ""), f"{kind.__name__}, seed {seed}: {e}"
+            refused += 1
+        except BaseException as e:
+            raise AssertionError(f"{kind.__name__}, seed {seed}: {argv}") from e
+        finally:
+            signal.alarm(0)
+    assert 0 < refused < n and digest(embedded[0]) == before
+
+
+@pytest.mark.parametrize("offline", [True, pytest.param(False, marks=slow)])
+def test_the_default_run_opens_no_socket(tmp_path, offline):
+    code, out, err = python(
+        tmp_path, "--limit", 3, first=functools.partial(refuse_sockets, offline)
+    )
+    assert code == 0 and re.search(TABLE.format(3), out), err
+    probe = functools.partial(refuse_sockets, offline, socket.socket)
+    assert python(tmp_path, "--limit", 1, first=probe)[0] == 1, "the hook sees none"
+
+
+def test_a_model_brings_weights_in_safetensors_and_no_code(tok, tmp_path):
+    model, good = tiny(tok), tmp_path / "good"
+    assert ttsi.load(saved(model, tok, good), ttsi.Config())
+    conf = transformers.LlamaConfig(vocab_size=len(tok), tie_word_embeddings=True, **SMALL)
+    tied = saved(transformers.LlamaForCausalLM(conf), tok, tmp_path / "tied")
+    assert ttsi.load(tied, ttsi.Config()), "the head's weights are the embedding's, not missing"
+    pickled, coded, partly = (shutil.copytree(good, tmp_path / n) for n in ("pkl", "code", "part"))
+    (pickled / "model.safetensors").unlink()
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    (coded / "code.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')\n")
+    auto = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    conf = json.loads((coded / "config.json").read_text())
+    (coded / "config.json").write_text(json.dumps(conf | {"model_type": "x", "auto_map": auto}))
+    auto = {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": [None, "code.T"]}}
+    (coded / "tokenizer_config.json").write_text(json.dumps(auto))
+    weights = safetensors.torch.load_file(good / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    safetensors.torch.save_file(weights, partly / "model.safetensors", {"format": "pt"})
+    for folder, why in ((pickled, "safetensors"), (coded, "cannot be"), (partly, "up_proj")):
+        with pytest.raises(ttsi.InputError, match=f"^{folder}: cannot be loaded.*{why}") as e:
+            ttsi.load(str(folder), ttsi.Config())
+        assert "\n" not in str(e.value) and not (tmp_path / "hacked").exists(), "its code was run"
+
+
+# ------------------------------------------------------------------------------------ the project
+
+
+def test_imports_and_layout():
+    source = (HERE / "ttsi.py").read_text()
+    nodes = [*ast.walk(ast.parse(source))]
+    names = {a.name.split(".")[0] for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
+    lines = (HERE / "requirements.txt").read_text().split()
+    wanted = {re.split(r"\W", line)[0] for line in lines}
+    assert wanted == {"torch", "transformers", "tqdm"}
+    assert names - set(sys.stdlib_module_names) <= wanted, "another package"
+    assert len(source.splitlines()) <= 800, "ttsi.py is longer than 800 lines"
+    top = {"ttsi.py", "test_ttsi.py", "requirements.txt", "README.md", "LICENSE", "data", ".ci"}
+    if (HERE / ".git").exists():
+        tracked = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
+        found = {Path(name).parts[0] for name in tracked.stdout.splitlines()}
+        assert found <= top | {".gitignore"}, "something else lies at the top level"
+
+
+def test_import_has_no_side_effects(capfd, monkeypatch):
+    def state():
+        level = transformers.logging.get_verbosity()
+        return random.getstate(), torch.get_rng_state().tolist(), {**os.environ}, level, sys.argv
+
+    monkeypatch.setattr(sys, "argv", ["x", "--nonsense"])
+    before = state()
+    assert runpy.run_path(str(HERE / "ttsi.py"))["Config"], "nothing was defined"
+    assert state() == before and capfd.readouterr() == ("", ""), "importing it does something"
+
+
+def test_splits_are_disjoint():
+    splits = {split: read(HERE / f"data/{split}.jsonl") for split in ("dev", "demo", "test")}
+    assert [len(rows) for rows in splits.values()] == [200, 100, 500]
+    tools = [{t["function"]["name"] for r in rows for t in r["tools"]} for rows in splits.values()]
+    for a, b in itertools.combinations(tools, 2):
+        assert not a & b, "a tool is in two splits"
+
+
+def test_readme_commands_and_example():
+    readme = (HERE / "README.md").read_text()
+    install = "pip install -r requirements.txt && python ttsi.py"
+    for command in (install, "pip install pytest && python -m pytest -q"):
+        assert readme.count(f"\n{command}\n") == 1, "ci runs these two lines out of the README"
+    example = re.search(r"```python\n(.*?)```", readme, re.S)[1]
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        exec(compile(example, "README.md", "exec"), {})
+    assert text.getvalue().strip()
+
+
+def test_what_the_readme_promises_names_tests_that_exist():
+    source = Path(__file__).read_text() + (HERE / "data/test_tools.py").read_text()
+    readme = (HERE / "README.md").read_text() + (HERE / "data/README.md").read_text()
+    named = {*re.findall(r"`(test_\w+)`", readme)}
+    missing = [name for name in named if f"\ndef {name}(" not in source]
+    assert named and not missing, f"{missing}: no such test"
+
+
+# ---------------------------------------------------------------------------------- real input
+
+FILES = ["seal-tools/canonical_294", "toolalpaca/canonical_real", "bfcl/canonical_multiple"]
+FILES += ["bfcl/canonical_simple_python", "api-bank/canonical_l1", "api-bank/canonical_l2"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_real_data_goes_through(loaded, tmp_path, name):
+    path = SHARED / "benchmarks" / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip("the benchmarks are not beside this checkout")
+    samples, rows = list(to_samples(path).values()), []
+    for sample, other in zip(samples, samples[1:] + samples[:1], strict=True):
+        given = {"request": "Again: " + ttsi.user_text(other["messages"]), "call": other["call"]}
+        rows.append(json.dumps({"id": sample["id"], "pairs": [given]}))  # only to exercise T
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    n = min(few(2, 10**6), len(samples))
+    argv = ["--data", path, "--pairs", tmp_path / "pairs.jsonl", "--no-check", "--tau", 2]
+    summary, _ = quiet(*argv, "--max-new-tokens", 24, "--epochs", 1, "--limit", n)
+    refused = sum(v for k, v in summary["decisions"].items() if "not answered" in k)
+    assert summary["samples"]["labelled"] == n, "a sample is lost"
+    assert summary["decisions"]["adapted"] + refused == n, "T was not reached"
+    assert not refused or "seal-tools" not in name

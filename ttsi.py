@@ -159,8 +159,7 @@ def measured(cost, stage, model):
 # ------------------------------------------------------------------------- H: self-awareness
 @torch.no_grad()
 def score(x, after_prompt):
-    """H. -> {tool name: log P(a_n | x), nats}: the sum over its tokens [paper] and closing quote,
-    or no name could lose to one that it begins [ours]."""
+    """H. -> {tool name: log P(a_n | x), nats}: over its tokens [paper] and closing quote [ours]."""
     logp = logprob(x.candidates, after_prompt).double().tolist()  # N
     return dict(zip((tool["name"] for tool in x.tools), logp, strict=True))
 

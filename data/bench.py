@@ -270,11 +270,8 @@ def computed(_):
         config = shape_config(shape)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-        weights, layers, width = (
-            model.num_parameters(),
-            config.num_hidden_layers,
-            config.hidden_size,
-        )
+        weights, width = model.num_parameters(), config.hidden_size
+        layers = config.num_hidden_layers
         linear = ttsi.linear_layers(model)
         adapter = sum(ttsi.Config.lora_rank * (m.in_features + m.out_features) for m in linear)
         for machine, (size, flops, bandwidth) in MACHINES.items():
