@@ -12,16 +12,15 @@
     python ttsi.py --model Qwen/Qwen2.5-0.5B-Instruct --data calls.jsonl --output runs/qwen.jsonl
 
 Departures from the paper, and choices where it is silent (--paper sets everything that it states):
- 1. Four drafts must pass label-free checks (--check); the closest to x is trained on.
+ 1. Of four drafts at a time, those that pass label-free checks (--check); the closest to x is used.
  2. A pair is written call first. A copy of x is never trained on.
- 3. SGD along the normalised gradient; the paper's rate, 1e-4, is read as AdamW's. No warm-up.
- 4. The LoRA acts behind the tools only (--adapt suffix): one cache of them serves every stage.
+ 3. SGD along the normalised gradient (--optimizer; the paper's 1e-4 read as AdamW's). No warm-up.
+ 4. The LoRA acts behind the tools only (--adapt suffix): one cache of the tools serves every stage.
  5. Tools are offered in a seeded order (--shuffle): benchmarks list the right one first.
 
 N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. A span (ids, begin) is ids[begin:].
 """
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -33,6 +32,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -103,13 +103,6 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
     """Algorithm 1 for one input -> Result. Pairs may be supplied, or a teacher's, (model, tok)."""
     result = Result(sample["id"])
     stage = functools.partial(measured, result.cost)
-
-    def by_base(decision):
-        with stage("answer", model):
-            result.answer = write(tok, x.ids, after_prompt, cfg)[0]
-        result.decision = decision
-        return result
-
     try:
         x = prepare(model, tok, sample, cfg)
     except InputError as e:  # beyond the context, or refused by the chat template
@@ -119,10 +112,16 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
         after_tools = Prefix(model, x.ids[: x.head])  # read once, for H, G, T and the answer
         after_prompt = Prefix(model, x.ids[:-1], after_tools)
 
+    def by_base(decision):
+        with stage("answer", model):
+            result.answer = write(tok, x.ids, after_prompt, cfg)[0]
+        result.decision = decision
+        return result
+
     with stage("score", model):  # H: l_n = log P(a_n | x)
         result.logp = score(x, after_prompt)
     result.margin = margin(result.logp)  # u = p(1) - p(2)
-    if not result.margin < cfg.tau:
+    if not result.margin < cfg.tau:  # nan is neither
         return by_base("certain" if result.margin >= cfg.tau else "score not finite")
 
     with stage("generate", teacher[0] if teacher else model):  # G: (x', y') ~ P( . | x)
@@ -130,24 +129,23 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
     result.pairs = closest(result.drafts, x.request)[: cfg.k]
     if not result.pairs:
         return by_base("no pair")
-
     spans = [pair_span(x, pair) for pair in result.pairs]
-    base = after_tools if cfg.adapt == "suffix" else Prefix(model, [])  # the LoRA acts behind it
-    base = base.shared_by([ids for ids, _ in spans])
+    frozen = after_tools if cfg.adapt == "suffix" else Prefix(model, [])
+    frozen = frozen.shared_by([ids for ids, _ in spans])  # the LoRA acts behind it
     with temporary_lora(model, cfg, draw(cfg.seed, x.id, "adapter")) as lora:
         with stage("train", model):  # T: theta' = theta + LoRA, trained on (x', y')
-            result.loss = train(spans, base, lora, cfg)
+            result.loss = train(spans, frozen, lora, cfg)
+        finite = all(p.isfinite().all() for p in [*lora, torch.tensor(result.loss)])
         with stage("answer", model):  # y ~ P'( . | x)
-            result.answer = write(tok, x.ids, base, cfg)[0]
+            result.answer = write(tok, x.ids, frozen, cfg)[0] if finite else ""
     # Reset: the block has ended, the LoRA is gone; the base parameters were never written.
-    finite = all(p.isfinite().all() for p in [*lora, torch.tensor(result.loss)])
     result.decision = "adapted"
     return result if finite else by_base("training not finite")
 
 
 @contextmanager
 def measured(cost, stage, model):
-    """Adds to cost[stage] its seconds and forward tokens: with a backward pass one counts twice."""
+    """Adds to cost[stage] its seconds and forward tokens; one with a backward pass counts twice."""
     spent, start, before = cost.setdefault(stage, [0.0, 0]), time.perf_counter(), Prefix.tokens
     yield
     if model.device.type != "cpu":
@@ -164,17 +162,17 @@ def score(x, after_prompt):
     return dict(zip((tool["name"] for tool in x.tools), logp, strict=True))
 
 
-# FORK HERE: another uncertainty, e.g. 1 - entropy / log N. Below tau means uncertain.
+# FORK HERE: another uncertainty, e.g. 1 - entropy / log N for N > 1. Below tau means uncertain.
 def margin(logp):
     """Relative Softmax Scoring: u = p(1) - p(2) of p = softmax(l); without a runner-up 1 [ours]."""
     p = torch.tensor([*logp.values()], dtype=torch.float64).softmax(0)  # (N,)
     first, *second = p.topk(min(2, len(p))).values.tolist()
-    return first - second[0] if second else 1.0
+    return first - sum(second)
 
 
 # ------------------------------------------------------------------------------ G: self-data
 
-# FORK HERE: another generation prompt; `judge` reads what it asks for.
+# FORK HERE: another generation prompt; `parse` and `judge` read what it asks for.
 DRAFT = (
     "Write a DIFFERENT request of the same kind as the one below, for any of the tools, and its"
     ' call, as a JSON object {"call": {"name": ..., "arguments": {...}}, "request": "..."} and'
@@ -204,7 +202,7 @@ def generate(model, tok, x, after_tools, cfg, supplied=None):
 
 def judge(text, before, x, cfg):
     """-> a draft {text, verdict, pair or None}; `before` are the drafts before it."""
-    pair, verdict = parse(text) or {}, "no JSON object with a request and a call"
+    verdict, pair = "no JSON object with a request and a call", parse(text) or {}
     request, call = pair.get("request"), to_call(pair.get("call"))
     if isinstance(request, str) and request.strip() and call:
         pair = {"request": request.strip(), "call": call}
@@ -229,18 +227,18 @@ def fault(pair, before, x, cfg):
     typed = [(type(value), types.get(str(rule.get("type")))) for value, rule in used]
     chosen = [(value, rule["enum"]) for value, rule in used if isinstance(rule.get("enum"), list)]
     earlier = [words(draft["pair"]["request"]) for draft in before if draft["pair"]]
-    copied = [value.casefold() for value in arguments.values() if isinstance(value, str)]
+    quoted = [value.casefold() for value in arguments.values() if isinstance(value, str)]
     faults = {
         "tool not on offer": not tool,
         "required argument missing": not set(schema.get("required") or []) <= set(arguments),
         "unknown argument": len(used) < len(arguments),
         "wrong type": any(allowed and kind not in allowed for kind, allowed in typed),
         "value not in enum": any(value not in enum for value, enum in chosen),
-        "value not in the request": any(value not in request.casefold() for value in copied),
+        "value not in the request": any(value not in request.casefold() for value in quoted),
         "copy of the request": words(request) == words(x.request),
         "written before": words(request) in earlier,
     }
-    if not cfg.check:  # a copy may hold the label
+    if not cfg.check:  # --pairs may hold x, and its label
         faults = {"copy of the request": faults["copy of the request"]}
     return next((name for name, found in faults.items() if found), "")
 
@@ -250,7 +248,7 @@ def words(text):
 
 
 def closest(drafts, request):
-    """-> pairs that passed by the words they share with x, most first; a rare one weighs more."""
+    """-> the pairs that passed, those first that share most words with x; rare ones weigh more."""
     pairs = [draft["pair"] for draft in drafts if draft["pair"]]
     found = Counter(word for pair in pairs for word in set(words(pair["request"])))
     weight = {w: math.log((len(pairs) + 1) / (found[w] + 1)) for w in words(request)}
@@ -261,9 +259,9 @@ def closest(drafts, request):
 # ----------------------------------------------------------------------- T: self-improvement
 def linear_layers(model):
     """All linear layers but the head; GPT-2's Conv1D is one."""
-    kinds, layers = (torch.nn.Linear, transformers.pytorch_utils.Conv1D), model.modules()
+    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
     head = model.get_output_embeddings()
-    return [layer for layer in layers if isinstance(layer, kinds) and layer is not head]
+    return [m for m in model.modules() if isinstance(m, kinds) and m is not head]
 
 
 @contextmanager  # FORK HERE: another adapter
@@ -278,8 +276,8 @@ def temporary_lora(model, cfg, generator):
         for layer in linear_layers(model):
             W = layer.weight.T if isinstance(layer, torch.nn.Linear) else layer.weight
             A = (torch.rand(len(W), r, generator=generator) * 2 - 1) / len(W) ** 0.5
-            A = A.to(model.device).requires_grad_()
-            B = torch.zeros(r, W.shape[1], device=model.device, requires_grad=True)
+            A = A.to(model.device).requires_grad_()  # (d_in, r)
+            B = torch.zeros(r, W.shape[1], device=model.device, requires_grad=True)  # (r, d_out)
 
             def add(layer, inputs, y, A=A, B=B):  # inputs[0] (R, T, d_in), y (R, T, d_out)
                 return (y + cfg.lora_alpha / r * (inputs[0].float() @ A @ B)).to(y.dtype)
@@ -292,14 +290,14 @@ def temporary_lora(model, cfg, generator):
             hook.remove()
 
 
-def train(spans, base, lora, cfg):
-    """T. SGD on the LoRA, in place -> the loss before each step, nats per token of the calls."""
+def train(spans, frozen, lora, cfg):
+    """T. Steps on the LoRA, in place -> the loss before each, in nats per token of the calls."""
     adamw = torch.optim.AdamW(lora, weight_decay=0.0)  # afresh: no old moments
     lengths = torch.tensor([len(ids) - begin for ids, begin in spans]).to(lora[0].device)  # (K,)
     losses = []
     for step in range(cfg.epochs):
         lr = cfg.lr * (1 + math.cos(math.pi * step / cfg.epochs)) / 2
-        loss = -(logprob(spans, base) / lengths).mean()
+        loss = -(logprob(spans, frozen) / lengths).mean()
         gradients = torch.autograd.grad(loss, lora, allow_unused=True, materialize_grads=True)
         norm = torch.nn.utils.get_total_norm(gradients).clamp(min=1e-12)  # over all parameters
         with torch.no_grad():
@@ -317,11 +315,11 @@ def train(spans, base, lora, cfg):
 # --------------------------------------------------------------------------------- the model
 class Prefix:
     """Token ids that a model has read, and the cache that it kept, for rows that continue them.
-    These are padded on the right, where causal attention cannot see it: no mask, no positions."""
+    These are padded on the right, which causal attention cannot see: no mask, no positions."""
 
     tokens = 0  # read so far by all models, for `measured`
 
-    @torch.no_grad()  # not inference_mode: T's gradients pass through what is cached here
+    @torch.no_grad()  # not inference_mode: autograd saves what is cached here
     def __init__(self, model, ids, before=None):
         self.model, self.ids, new = model, ids, ids
         self.cache = transformers.DynamicCache(config=model.config)
@@ -331,7 +329,7 @@ class Prefix:
             self.forward(self.cache, torch.tensor([new]), 1)
 
     def copy(self, rows):
-        cache = copy.deepcopy(self.cache)
+        cache = deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
         return cache
 
@@ -342,8 +340,8 @@ class Prefix:
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=keep).logits
 
     def shared_by(self, rows):
-        """-> itself, or, where a token merged across its end, what all these rows share of it."""
-        ids = os.path.commonprefix([self.ids, *rows])
+        """-> itself, or, if a token merged across its end, the shorter one that all rows share."""
+        ids = os.path.commonprefix([self.ids, *rows])  # of any lists
         return self if ids == self.ids else Prefix(self.model, ids)
 
 
@@ -353,13 +351,13 @@ def logprob(spans, prefix):
     tokens   t0    t1    t2    t3      the logits at one position
     logits   '---> '---> '---> '       predict the token at the next
     """
-    prefix = prefix.shared_by([ids[: begin - 1] for ids, begin in spans])
+    prefix = prefix.shared_by([ids[: begin - 1] for ids, begin in spans])  # begin - 1 predicts it
     n = len(prefix.ids)
     rows = pad_sequence([torch.tensor(ids[n:]) for ids, _ in spans], batch_first=True)  # (R, T)
     labels = torch.full_like(rows, -100)  # what is -100 gives no loss
     for row, (ids, begin) in zip(labels, spans, strict=True):
         row[begin - n : len(ids) - n] = torch.tensor(ids[begin:])
-    labels = labels[:, min(begin for _, begin in spans) - n :]  # none before; nor logits
+    labels = labels[:, min(begin for _, begin in spans) - n :]  # before, no logits are needed
     logits = prefix.forward(prefix.copy(len(spans)), rows, labels.shape[1] + 1)[:, :-1].float()
     labels = labels.to(logits.device)
     return -torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").sum(1)
@@ -369,7 +367,7 @@ def logprob(spans, prefix):
 def write(tok, ids, prefix, cfg, uniform=None):
     """-> [the greedy text that continues ids, up to an end token, a call or a pair]; or R texts,
     sampled by uniform (R, max_new_tokens) and the inverse of the cumulative distribution."""
-    ends = prefix.model.generation_config.eos_token_id  # all that is read of it: no penalties
+    ends = prefix.model.generation_config.eos_token_id  # alone of that file: no penalties
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     prefix = prefix.shared_by([ids[:-1]])
     n = 1 if uniform is None else len(uniform)
@@ -381,11 +379,12 @@ def write(tok, ids, prefix, cfg, uniform=None):
             new = logits.argmax(-1, keepdim=True)
         else:
             cdf = (logits.float() / cfg.temperature).softmax(-1).cumsum(-1)
-            u = uniform[:, step, None].to(cdf.device) * cdf[:, -1:]
-            new = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)
+            level = uniform[:, step, None].to(cdf.device) * cdf[:, -1:]  # (R, 1)
+            new = torch.searchsorted(cdf, level, right=True).clamp(max=cdf.shape[1] - 1)
         for row, token in enumerate(new[:, 0].tolist()):
             if texts[row] is None:
-                written[row] += [token] if token not in ends else []
+                if token not in ends:
+                    written[row].append(token)
                 text = tok.decode(written[row], skip_special_tokens=True)
                 if token in ends or step == cfg.max_new_tokens - 1 or parse(text) is not None:
                     texts[row] = text
@@ -417,11 +416,11 @@ def prepare(model, tok, sample, cfg):
     x.request = user_text(sample["messages"])  # a dialogue is a transcript
     x.ids, x.head = read_prompt(model, tok, x.system, x.request, cfg)
     x.candidates = []  # N spans: each name and its closing quote, as tokenised in a whole answer
+    before = render(tok, x.system, x.request)[0] + '{"name": "'
     for tool in tools:
-        before, name = render(tok, x.system, x.request)[0] + '{"name": "', dumps(tool["name"])[1:]
-        ends = len(before), len(before) + len(name) - 1
-        all_ids, begin, quote = encode(tok, f'{before}{name}, "arguments"', *ends)
-        x.candidates.append((all_ids[: quote + 1], begin))
+        text = before + dumps(tool["name"])[1:]
+        ids, quote, begin = encode(tok, text + ', "arguments"', len(text) - 1, len(before))
+        x.candidates.append((ids[: quote + 1], begin))
     return x
 
 
@@ -462,13 +461,13 @@ def render(tok, system, user):
 
 
 def encode(tok, text, *places):
-    """-> (token ids, for each character position the number of tokens that end there or before)."""
+    """-> (token ids, n, ...): for each character position, n tokens end there or before."""
     out = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     return out.input_ids, *(sum(end <= at for _, end in out.offset_mapping) for at in places)
 
 
 def read_prompt(model, tok, system, user, cfg):
-    """-> (token ids, how many of them end with the system text) of a prompt with room to answer."""
+    """-> (token ids, how many end in or before the system text) of a prompt with room to answer."""
     ids, head = encode(tok, *render(tok, system, user))
     n = len(ids) + cfg.max_new_tokens
     need(n <= context(model), f"prompt and answer, {n} tokens, exceed the context")
@@ -514,7 +513,7 @@ def parse(text):
                 return sound(value)
         except json.JSONDecodeError as e:
             if e.msg.startswith("Unterminated") or re.fullmatch(r"[\w.+-]*\s*", text[e.pos :]):
-                return None
+                return None  # it is still open
         except (ValueError, RecursionError):
             return None
     return None
@@ -541,8 +540,8 @@ def to_sample(record):
     sample["tools"] = [tool.get("function", tool) for tool in sample["tools"] or []]
     for tool in sample["tools"]:
         schema = tool.get("parameters") or {}
-        rules = (schema.get("properties") or {}).values()
-        right = isinstance(tool.get("name"), str) and isinstance(schema.get("required") or [], list)
+        rules, required = (schema.get("properties") or {}).values(), schema.get("required") or []
+        right = isinstance(tool.get("name"), str) and all(isinstance(key, str) for key in required)
         right = right and all(isinstance(rule, dict) for rule in rules)
         need(right, f'a tool must be {{"name": ..., "parameters": schema}}: {dumps(tool)[:80]}')
     names = [tool["name"] for tool in sample["tools"]]
@@ -566,7 +565,7 @@ def read_jsonl(path, convert):
                 record = sound(DECODER.decode(line))
                 need(isinstance(record, dict), "this is no JSON object")
                 i = record["id"] = str(record.get("id", number))
-                need(i not in found and i.isprintable(), f"id {i!r} is there twice, or unprintable")
+                need(i and i not in found and i.isprintable(), f"id {i!r}: twice, or unprintable")
                 found[i] = convert(record)
         need(found, "nothing in it; give JSON objects, one a line")
     except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as e:
@@ -589,13 +588,13 @@ def canonical(value, levels=100):
 
 def grade(text, sample):
     """-> {"name": right tool?, "call": and right arguments?}; `accept` has its say on these."""
-    call, gold, accept = parse(text) or {}, sample["call"], sample.get("accept")
-    name, given = call.get("name") == gold["name"], call.get("arguments")
-    if not name or not isinstance(given, dict):
+    answer, gold, accept = parse(text) or {}, sample["call"], sample.get("accept")
+    name, given = answer.get("name") == gold["name"], (to_call(answer) or {}).get("arguments")
+    if not name or given is None:
         return {"name": name, "call": False}
     if accept is None:
         return {"name": name, "call": canonical(given) == canonical(gold["arguments"])}
-    right = all(canonical(v) in canonical(accept.get(key, [])) for key, v in given.items())
+    right = all(canonical(v) in canonical(accept.get(k, [])) for k, v in given.items())
     return {"name": name, "call": right and all(k in given or "" in accept[k] for k in accept)}
 
 
@@ -607,8 +606,8 @@ def to_row(model, tok, sample, result, cfg):
         if cost:
             cost["direct"] = [a + b for a, b in zip(cost["prefill"], cost["answer"], strict=True)]
     elif "call" in sample:  # made in order to compare
+        ids = prepare(model, tok, sample, cfg).ids
         with measured(cost, "direct", model):
-            ids = prepare(model, tok, sample, cfg).ids
             row["direct"] = write(tok, ids, Prefix(model, []), cfg)[0]
     if "call" in sample:
         row["scores"] = {side: grade(row[side], sample) for side in ("direct", "answer")}
@@ -646,7 +645,7 @@ def summarise(rows):
         summary["always first"] = {"name": 100 * fmean(scores["first"] for scores in labelled)}
         for label, side in (("direct", "direct"), ("TT-SI", "answer")):
             grades = [scores[side] for scores in labelled]
-            summary[label] = {k: 100 * fmean(grade[k] for grade in grades) for k in grades[0]}
+            summary[label] = {kind: 100 * fmean(g[kind] for g in grades) for kind in grades[0]}
         change = [scores["answer"]["call"] - scores["direct"]["call"] for scores in labelled]
         low, high = interval(change)
         points = {"call": 100 * fmean(change), "95 % from": 100 * low, "to": 100 * high}
@@ -700,7 +699,7 @@ def resume(cfg, settings, ids, rank, world):
     path, stem, rows = Path(cfg.output), cfg.output.removesuffix(".jsonl"), {}
     own = Path(f"{stem}.rank{rank}of{world}.jsonl") if world > 1 else path
     beside = Path(f"{stem}.summary.json")
-    ranked = re.compile(re.escape(path.stem) + r"\.rank\d+of\d+\.jsonl")
+    ranked = re.compile(re.escape(Path(stem).name) + r"\.rank\d+of\d+\.jsonl")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         need(path.is_file() or not path.exists(), "it is no regular file")
@@ -712,14 +711,14 @@ def resume(cfg, settings, ids, rank, world):
         for line in lines:
             if line.endswith(b"\n"):  # the last may be torn
                 row = DECODER.decode(line.decode())
-                need(row["id"] in ids, "its rows are not those of this run")
+                right = row.keys() >= set(vars(Result(""))) and row["id"] in ids
+                need(right, "its rows are not those of this run")
                 rows[row["id"]] = row
-        summarise([*rows.values()])  # a row that is none is refused
         save(own, map(dumps, rows.values()))
         save(beside, [json.dumps({"config": settings})])
-        for file in set(files) - {own} if world == 1 else ():
+        for file in (set(files) - {own}) if world == 1 else ():
             file.unlink()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"--output {path}: {e}; take another name, or the same settings") from e
     return own, beside, rows
 
@@ -733,7 +732,8 @@ def run(cfg):
     need(cfg.trace in ("", *samples), f"--trace {cfg.trace}: {cfg.data} has no sample of this id")
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
     pairs = read_jsonl(cfg.pairs, lambda r: list(r.get("pairs") or [])) if cfg.pairs else {}
-    need(not pairs or pairs.keys() & set(ids), f"--pairs {cfg.pairs}: no pairs for any sample")
+    right = not pairs or pairs.keys() & set(ids) and not cfg.teacher
+    need(right, f"--pairs {cfg.pairs}: no pairs for any sample, or a --teacher beside them")
     model, tok = load(cfg.model, cfg)
     teacher = load(cfg.teacher, cfg) if cfg.teacher else None
     settings = dataclasses.asdict(cfg) | {"output": "", "pairs": ""}
@@ -753,9 +753,9 @@ def run(cfg):
                     save(own, [dumps(rows[i])], "a")
     finally:  # the table so far, whatever ends the run
         summary = summarise([rows[i] for i in ids if i in rows])
-        if cfg.trace in rows:  # the label comes last: nothing above saw it
-            prompt = tok.decode(prepare(model, tok, samples[i], cfg).ids)
-            story = {"prompt": prompt} | rows[i] | {"label": samples[i].get("call")}
+        if cfg.trace in rows:  # the label, and the scores by it, come last
+            prompt = tok.decode(prepare(model, tok, samples[cfg.trace], cfg).ids)
+            story = {"prompt": prompt} | rows[cfg.trace] | {"label": samples[cfg.trace].get("call")}
             for key, part in story.items():
                 print(f"\n-- {key}", *(part if isinstance(part, list) else [part]), sep="\n  ")
         elif world == 1:
