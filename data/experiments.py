@@ -19,7 +19,6 @@ import gzip
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -35,8 +34,9 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import ttsi  # noqa: E402
 import world  # noqa: E402
+
+import ttsi  # noqa: E402
 
 # --------------------------------------------------------------------------------------- runs
 ALL, NONE = "--tau 2", "--tau 0"  # who is adapted
@@ -177,6 +177,7 @@ def instead(row, text, right, decision, cost):
 
 
 def spent(row, *stages):
+    """What these stages of a row cost."""
     return {stage: row["cost"][stage] for stage in stages}
 
 
@@ -321,8 +322,7 @@ def stream(lab, seed, lr):
     """One LoRA for all, in the file's order, never reset. It scores, is trained where it is
     uncertain, and answers. The pairs are those that the base model wrote."""
     cfg, out = lab.config(seed, f"--lr {lr}"), lab.rows(seed, ALL)
-    model, tok = lab.base(cfg)
-    learned = None
+    (model, tok), learned = lab.base(cfg), None
     for sample, x in lab.prepared(cfg):
         row, cost = out[x.id], {}
         stage = functools.partial(ttsi.measured, cost, model=model)
@@ -377,13 +377,13 @@ def teacher(lab, seed, flags=""):
 # ------------------------------------------------------------------- baselines, without pairs
 def forced(tok, x, name, prefix, cfg):
     """-> the answer that a model gives once this tool's name is written."""
-    begun = '{"name": ' + ttsi.dumps(name)
+    ids, _ = x.candidates[[tool["name"] for tool in x.tools].index(name)]
+    begun = ids[len(os.path.commonprefix([ids, x.ids])) :]
 
-    def decode(ids, **how):  # `write` ends with a call, which it must see from its beginning on
-        return begun + tok.decode(ids, **how)
+    def decode(new, **how):  # `write` ends with a call, which it must see from its beginning on
+        return tok.decode([*begun, *new], **how)
 
     whole = SimpleNamespace(eos_token_id=tok.eos_token_id, decode=decode)
-    ids, _ = x.candidates[[tool["name"] for tool in x.tools].index(name)]
     return ttsi.write(whole, ids, prefix, cfg)[0]
 
 
@@ -464,7 +464,7 @@ def training_items(shift, n):
     if shift:
         return [ttsi.to_sample(record) for record in world.records("train", n, 1, 0)]
     with gzip.open(HERE / "train.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [ttsi.to_sample(json.loads(line)) for line in itertools.islice(file, n)]
+        return [ttsi.to_sample(json.loads(line)) for _, line in zip(range(n), file, strict=False)]
 
 
 @kept
@@ -701,7 +701,7 @@ for share in (20, 40, 60):
     BEYOND.append((label, "`within_budget`", using(within_budget, share / 100)))
 WHOLE_CALLS = "margin of whole calls: the answer and 5 sampled"
 UNCERTAINTY = [
-    ("margin of the names (the paper)", "`ttsi.margin`", EVERYONE),
+    ("margin of the names (the paper)", ALL, EVERYONE),
     ("the same, mean-normalised", "`mean_normalised`", using(judged, 0, mean_normalised)),
     ("perplexity of the direct answer", "`by_answer`", using(judged, 0, by_answer, VOTE_T)),
     (WHOLE_CALLS, "`by_answer`", using(judged, 1, by_answer, VOTE_T)),
@@ -746,7 +746,7 @@ GROUPS = {  # group -> (seeds, items, lines)
     "adapt": (5, 0, ADAPT),
     "tune-T": (2, 0, TUNE_T),
 }
-KINDS = ("name", "call")
+KINDS, ONCE = ("name", "call"), ("labels", "tokens", "seconds")
 TUNING = ("tune-G", "tune-T", "tune-B", "adapt")
 
 
@@ -839,6 +839,7 @@ def row_of(label, r, *cells):
 
 
 def difference(r):
+    """A difference and its interval, as text."""
     low, high = r["interval"]
     return f"{r['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
 
@@ -859,15 +860,15 @@ def markdown(lines):
         )
     for label, r in lines.items():
         cells = [f"{r['direct']['call']:.1f}", f"{r['ttsi']['call']:.1f}", difference(r)]
-        cells += ["" if r["sd"] is None else f"{r['sd']:.1f}"]
-        cells += [f"{r['items better']} / {r['items worse']}"]
-        cells += ["< 0.001" if r["p"] < 0.001 else f"{r['p']:.3f}"]
+        cells.append("" if r["sd"] is None else f"{r['sd']:.1f}")
+        cells.append(f"{r['items better']} / {r['items worse']}")
+        cells.append("< 0.001" if r["p"] < 0.001 else f"{r['p']:.3f}")
         cells += [f"{r['adapted']:.0f}/{r['n']}", f"{r['tokens']:.1f}x"]
         if once:
-            before = r.get("once", {"labels": 0, "tokens": 0, "seconds": 0})
+            before, each = r.get("once", dict.fromkeys(ONCE, 0)), r["per query"]
             cells += [f"{before['labels']:,.0f}", f"{before['tokens'] / 1e6:.2f} M"]
-            cells += [f"{before['seconds']:.0f}", f"{r['per query']['tokens']:.0f}"]
-            cells += [f"{r['per query']['seconds']:.2f}"]
+            cells.append(f"{before['seconds']:.0f}")
+            cells += [f"{each['tokens']:.0f}", f"{each['seconds']:.2f}"]
         text.append(row_of(label, r, *cells))
     return "\n".join(text) + "\n"
 

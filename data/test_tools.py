@@ -6,7 +6,10 @@ Each test compares with what shares no code: a closed form, brute force, a hand 
 import argparse
 import contextlib
 import copy
+import hashlib
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -21,7 +24,9 @@ from transformers import AutoTokenizer, Qwen3Config
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+import bench  # noqa: E402
 import convert  # noqa: E402
+import experiments  # noqa: E402
 import world  # noqa: E402
 
 import ttsi  # noqa: E402
@@ -95,7 +100,7 @@ def test_no_tool_of_one_split_is_in_another():
 
 
 def test_the_model_learns_the_very_prompts_of_the_method(tok):
-    """A prompt in training is a prompt of ttsi.py, and so are its tokens; the shipped tokenizer's."""
+    """Prompts in training are those of ttsi.py, in the tokens of the shipped model."""
     r, built = random.Random(0), world.build_tokenizer()
     model = SimpleNamespace(config=Qwen3Config(max_position_embeddings=4096))
     for record in world.records("dev", 20, 1, 7):
@@ -108,7 +113,9 @@ def test_the_model_learns_the_very_prompts_of_the_method(tok):
         seed, call, request = world.draft_triple(r, record["tools"])
         x.request = seed  # nothing but a copy of it would be refused
         draft = ttsi.judge(world.draft_text(call, request), [], x, ttsi.Config())
-        assert draft["pair"] == {"request": request, "call": call}, f"{draft}: training fails"
+        assert draft["pair"] == {"request": request, "call": call}, (
+            f"{draft}: it learns what fails the checks"
+        )
 
 
 def small(folder, **changes):
@@ -342,3 +349,564 @@ def test_the_table_of_benchmarks_is_what_the_converter_counts(name):
     cells = [f"`{Path(name).name}`", n, len(records), *convert.shape(records)]
     row = "| " + " | ".join(map(str, cells)) + " |"
     assert row in (HERE / "README.md").read_text(), f"data/README.md lacks {row}"
+
+
+# -------------------------------------------------------------------------- the experiments
+
+STAGES = ("prefill", "score", "generate", "train", "answer")
+TOLD = ("decision", "answer", "direct", "scores", "drafts", "pairs", "loss", "margin")
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """The embedded model on six samples of the demo; runs are shared by the tests."""
+    args = {"model": ttsi.Config.model, "data": str(HERE / "demo.jsonl"), "limit": 6}
+    args |= {"flags": "", "quick": True, "teacher": str(HERE / "teacher")}
+    lab = experiments.Lab(argparse.Namespace(**args))
+    lab.runs = tmp_path_factory.mktemp("runs")
+    return lab
+
+
+def other(lab, **changes):
+    """The same lab with other arguments."""
+    changed = copy.copy(lab)
+    changed.args = argparse.Namespace(**vars(lab.args) | changes)
+    return changed
+
+
+def tokens(row):
+    """What a row's answer cost, without the direct answer that was made to compare."""
+    return sum(row["cost"][stage][1] for stage in STAGES if stage in row["cost"])
+
+
+def digest(model):
+    weights = b"".join(p.numpy().tobytes() for p in model.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()
+
+
+def greedy(model, tok, ids, begun="", most=60):
+    """The whole text is read again for each token, until it ends or is a call."""
+    new = []
+    while len(new) < most and new[-1:] != [tok.eos_token_id]:
+        new.append(model(torch.tensor([ids + new])).logits[0, -1].argmax().item())
+        with contextlib.suppress(ValueError):
+            if "name" in json.loads(begun + tok.decode(new)):
+                break
+    return begun + tok.decode(new, skip_special_tokens=True)
+
+
+def test_gating_afterwards_equals_a_gated_run(lab):
+    both, run = lab.run(0, "--tau 2"), lab.run(0)
+    assert {r["decision"] for r in run} == {"certain", "adapted"}, "choose other samples"
+    for a, b in zip(experiments.uncertain(both), run, strict=True):
+        for key in TOLD:
+            assert a[key] == b[key], f"{a['id']}: another {key}"
+        assert tokens(a) == tokens(b), f"{a['id']}: gating afterwards costs otherwise"
+
+
+def test_the_certain_are_the_complement_of_the_uncertain(lab):
+    both = lab.run(0, "--tau 2")
+    low, high = experiments.uncertain(both), experiments.certain(both)
+    for row, a, b in zip(both, low, high, strict=True):
+        adapted, not_adapted = (a, b) if row["margin"] < 0.95 else (b, a)
+        assert adapted == row, f"{row['id']}: who is adapted is answered otherwise"
+        assert not_adapted["answer"] == row["direct"], f"{row['id']}: not the direct answer"
+        assert not_adapted["scores"]["answer"] == row["scores"]["direct"], "other scores"
+        assert not_adapted["decision"] == "certain" and not not_adapted["pairs"], "it is adapted"
+
+
+def test_every_tau_equals_gated_runs_and_their_complements(lab):
+    both, wrong = lab.run(0, "--tau 2"), {"name": False, "call": False}
+    both[1] |= {"margin": None, "cost": {}, "decision": "not answered: beyond the context"}
+    both[1]["scores"] = {"direct": wrong, "answer": wrong, "first": False}
+    listed = experiments.every_tau(both)
+    for tau in (0.0, 0.3, 0.7, 0.95, 0.999, 1.5):
+        e = next(e for e in listed if e["tau"] >= tau)
+        below, above = (f(both, tau) for f in (experiments.uncertain, experiments.certain))
+        n = sum(r["decision"] == "adapted" and (r["margin"] or 0) < tau for r in below)
+        right = [ttsi.summarise(rows)["TT-SI"]["call"] for rows in (below, above)]
+        assert e["adapted"] == n, f"tau {tau}: another number is adapted"
+        assert e["call"] == pytest.approx(right[0]), f"tau {tau}: another accuracy"
+        assert e["certain_only"] == pytest.approx(right[1]), f"tau {tau}: another control"
+    assert experiments.every_tau([]) == [], "without rows there is no tau"
+    assert listed[-1]["adapted"] >= 4, "choose other samples"
+
+
+def call(name, **arguments):
+    return json.dumps({"name": name, "arguments": arguments})
+
+
+F12, F12_AS_TEXT, G12 = call("f", a=12.0), call("f", a=" 12"), call("g", a=12.0)
+DRAWN = {  # five sampled answers: who wins the vote, is any right
+    "demo-000": (["no call", G12, F12, F12_AS_TEXT, G12], G12, True),  # two each: the first
+    "demo-001": (["no call"] * 5, "", False),
+    "demo-002": ([F12, F12_AS_TEXT, G12, G12, G12], G12, True),
+    "demo-003": ([G12, F12, F12_AS_TEXT, "{", "{}"], F12, True),  # a value is compared as text
+}
+
+
+def test_votes_and_pass_at_n_by_hand(lab, monkeypatch):
+    drawn = {i: {"texts": texts, "cost": [2.0, 30]} for i, (texts, _, _) in DRAWN.items()}
+    monkeypatch.setattr(experiments, "sampled", lambda *_: drawn)
+    label = {"call": {"name": "f", "arguments": {"a": 12}}}
+    samples = [s | label for s in lab.samples(lab.config(0))]
+    monkeypatch.setattr(lab, "samples", lambda cfg: samples)
+    votes, best = experiments.majority(lab, 0, 1.0), experiments.any_of(lab, 0, 1.0)
+    for row, chosen, (_, winner, right) in zip(votes, best, DRAWN.values(), strict=False):
+        assert row["answer"] == winner, f"{row['id']}: another answer wins the vote"
+        assert row["scores"]["answer"]["call"] == (winner == F12), f"{row['id']}: graded wrong"
+        assert chosen["scores"]["answer"]["call"] == right, f"{row['id']}: pass@5 is wrong"
+        assert row["cost"]["answer"] == [2.0, 30], f"{row['id']}: the votes cost otherwise"
+    direct = lab.run(0, "--tau 0")[4:]
+    assert votes[4:] == direct, "a sample without votes changed"
+    texts = experiments.distinct([F12, G12, F12_AS_TEXT, "x", "x"])
+    assert texts == [F12, G12, "x"], "one text of each call, in order"
+
+
+def test_sampled_answers_become_the_direct_one_without_temperature(lab):
+    drawn, direct = experiments.sampled(lab, 0, 1e-4), lab.run(0, "--tau 0")
+    for row in direct:
+        texts = drawn[row["id"]]["texts"]
+        assert texts == [row["direct"]] * 5, f"{row['id']}: a sampled answer differs"
+
+
+def test_certainties_by_answers_are_those_of_whole_texts(lab):
+    """1 / perplexity of the direct answer, and the margin of the distinct calls."""
+    model, tok = lab.base(lab.config(0))
+    drawn, rows = experiments.sampled(lab, 0, 1.5), lab.rows(0, "--tau 0")
+    found, several = experiments.by_answer(lab, 0, 1.5), 0
+    for _, x in lab.prepared(lab.config(0)):
+        texts = experiments.distinct([rows[x.id]["direct"], *drawn[x.id]["texts"]])
+        new = [tok(t + tok.eos_token, add_special_tokens=False).input_ids for t in texts]
+        total = []
+        for ids in new:
+            logp = model(torch.tensor([x.ids + ids])).logits[0].log_softmax(-1)
+            total.append(sum(logp[len(x.ids) + i - 1, t].item() for i, t in enumerate(ids)))
+        p = sorted((math.exp(t) / sum(map(math.exp, total)) for t in total), reverse=True)
+        want = [math.exp(total[0] / len(new[0])), p[0] - sum(p[1:2])]
+        assert found[x.id] == pytest.approx(want, rel=1e-3), f"{x.id}: other certainties"
+        several += len(texts) > 1
+    assert several, "choose other samples"
+
+
+def test_mean_normalised_margins_by_hand(lab):
+    """Here each name is a verb, an object and a closing quote: three tokens."""
+    found, rows = experiments.mean_normalised(lab, 0), lab.run(0, "--tau 2")
+    for row in rows:
+        odds = sorted((math.exp(logp / 3) for logp in row["logp"].values()), reverse=True)
+        margin = (odds[0] - odds[1]) / sum(odds)
+        assert found[row["id"]] == [pytest.approx(margin)], f"{row['id']}: another mean"
+    judged = experiments.judged(lab, 0, 0, experiments.mean_normalised)
+    for row, before in zip(judged, rows, strict=True):
+        margin = found[row["id"]][0]
+        assert row == before | {"margin": margin}, f"{row['id']}: more than the margin changed"
+
+
+def test_one_adapter_for_all_starts_as_the_base_and_learns(lab):
+    model, _ = lab.base(lab.config(0))
+    untouched, direct = digest(model), lab.run(0, "--tau 0")
+    whole = other(lab, quick=False)
+    still, trained = (experiments.fine_tuned(whole, 0, True, 4, lr) for lr in (0.0, 1e-2))
+    answers = [[r["answer"] for r in rows] for rows in (direct, still, trained)]
+    assert answers[0] == answers[1], "a LoRA that learned nothing answers otherwise"
+    assert answers[0] != answers[2], "nothing was learned"
+    once = trained[0]["once"]
+    assert once["labels"] == 4 and once["tokens"] > 10 * 2 * 4 * 100, "ten epochs, two passes"
+    assert digest(model) == untouched, "the base weights were written"
+
+
+def test_a_kept_adapter_begins_as_the_temporary_one(lab):
+    kept, fresh = experiments.stream(lab, 0, 0.1), lab.run(0, "--tau 2")
+    at = next(i for i, r in enumerate(fresh) if r["margin"] < 0.95 and r["pairs"])
+    for a, b in zip(kept[:at], fresh, strict=False):
+        assert a["answer"] == b["direct"], f"{a['id']}: nothing was learned before"
+    assert kept[at]["answer"] == fresh[at]["answer"], "the first LoRA is not the temporary one"
+    assert kept[at]["decision"] == "adapted", "the first uncertain sample is not trained on"
+    moved = [abs(a["margin now"] - b["margin"]) for a, b in zip(kept, fresh, strict=True)]
+    assert max(moved[: at + 1]) < 1e-4 < max(moved[at + 1 :]), "what was learned is gone"
+    still = [r["answer"] for r in experiments.stream(lab, 0, 0.0)]
+    assert still == [r["direct"] for r in fresh], "a rate of 0 changes answers"
+
+
+def test_round_trips_part_the_drafts(lab):
+    model, tok = lab.base(lab.config(0))
+    samples = {s["id"]: s for s in lab.samples(lab.config(0))}
+    alike, otherwise = (experiments.round_trip(lab, 0, agree) for agree in (True, False))
+    assert any(r["pairs"] for r in alike), "choose other samples"
+    for row, *parts in zip(lab.run(0), alike, otherwise, strict=True):
+        passed = [d["pair"] for d in row["drafts"] if d["pair"]]
+        halves = [[d["pair"] for d in part["drafts"]] for part in parts]
+        both = sorted(map(json.dumps, halves[0] + halves[1]))
+        assert both == sorted(map(json.dumps, passed)), f"{row['id']}: a draft in both or none"
+        for agree, half in zip((True, False), halves, strict=True):
+            for pair in half:
+                question = [{"role": "user", "content": pair["request"]}]
+                sample = samples[row["id"]] | {"messages": question}
+                result = ttsi.tt_si(model, tok, sample, ttsi.Config(tau=0.0))
+                answered = ttsi.parse(result.answer) == pair["call"]
+                assert answered == agree, f"{row['id']}: {pair} is in the wrong half"
+
+
+def test_a_random_subset_is_as_large_as_the_uncertain(lab):
+    both = lab.run(0, "--tau 2")
+    n = sum(r["margin"] < 0.95 for r in both)
+    chosen = sum("generate" in r["cost"] for r in experiments.a_random_subset(lab, 0))
+    assert 0 < chosen == n < 6, f"{chosen} are adapted, {n} are uncertain"
+
+
+def test_tau_by_budget_is_a_quantile_of_other_margins(lab, tmp_path, monkeypatch):
+    lines = (HERE / "dev.jsonl").read_text().splitlines(keepends=True)[:12]
+    (tmp_path / "dev.jsonl").write_text("".join(lines))
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    dev = lab.path(0, f"--tau 0 --limit 0 --data {tmp_path / 'dev.jsonl'}")
+    margins = sorted(r["margin"] for r in read(dev))
+    assert len(margins) == 12, "other samples were scored"
+    for share in (0, 1 / 3, 3 / 4):
+        tau = margins[int(12 * share)]
+        below = [r["margin"] < tau for r in lab.run(0, "--tau 2")]
+        rows = experiments.within_budget(lab, 0, share)
+        chosen = ["generate" in r["cost"] for r in rows]
+        assert chosen == below, f"share {share}: others are adapted"
+
+
+def test_the_upper_bound_is_trained_on_its_own_label(lab):
+    rows, fault = experiments.the_item_itself(lab, 0), ttsi.fault
+    samples = {s["id"]: s for s in lab.samples(lab.config(0))}
+    for row in rows:
+        sample = samples[row["id"]]
+        request = sample["messages"][0]["content"]
+        own = [{"request": request, "call": sample["call"]}]
+        assert row["pairs"] == own, f"{row['id']}: trained on something else"
+    assert fault.__module__ == "ttsi", "a patch outlived its run"
+
+
+def test_doses_are_nested(lab):
+    rows = {share: experiments.dose(lab, 0, share) for share in (0, 50, 100)}
+
+    def same(a, b):
+        return sum(x == y for x, y in zip(rows[a], rows[b], strict=True))
+
+    assert rows[100] == lab.run(0), "all shifted is not the run itself"
+    assert (same(50, 100), same(0, 50), same(0, 100)) == (3, 3, 0), "not nested by half"
+    direct = [r["scores"]["direct"]["call"] for r in rows[0]]
+    assert all(direct), "an unshifted item is not answered: the model does not know it"
+
+
+def test_the_control_is_trained_on_the_next_items_pairs(lab):
+    written = lab.run(0, "--tau 2")
+    after = written[1:] + written[:1]
+    for row, own, given in zip(experiments.others_pairs(lab, 0), written, after, strict=True):
+        assert row["pairs"] == given["pairs"], f"{row['id']}: not the next item's pairs"
+        generate = own["cost"]["generate"]
+        assert row["cost"]["generate"] == generate, f"{row['id']}: writing them has another cost"
+
+
+def test_the_nearest_draft_gives_its_tool_and_trains_nothing(lab):
+    model, tok = lab.base(lab.config(0))
+    before, xs = lab.rows(0, "--tau 2"), {x.id: x for _, x in lab.prepared(lab.config(0))}
+    for row in experiments.nearest(lab, 0, "--tau 2"):
+        if before[row["id"]]["pairs"]:
+            name = before[row["id"]]["pairs"][0]["call"]["name"]
+            begun = f'{{"name": "{name}", "arguments"'
+            ids = xs[row["id"]].ids + tok(begun, add_special_tokens=False).input_ids
+            want = greedy(model, tok, ids, begun)
+            assert row["answer"] == want, f"{row['id']}: {row['answer']} is not {want}"
+            assert "train" not in row["cost"], f"{row['id']}: something was trained"
+
+
+def test_variants_of_training_share_their_pairs(lab):
+    ours, shuffled = ttsi.pair_span, experiments.reshuffled(lab, 0)
+    assert ttsi.pair_span is ours, "a patch outlived its run"
+    full = experiments.on_pairs_of(lab, 0, "", "--adapt full")
+    suffix = experiments.on_pairs_of(lab, 0, "", "--adapt suffix")
+    pairs = [[r["pairs"] for r in rows] for rows in (lab.run(0), shuffled, full, suffix)]
+    assert pairs == [pairs[0]] * 4, "other pairs were trained on"
+    first = [(a["loss"][0], b["loss"][0]) for a, b in zip(shuffled, full, strict=True) if a["loss"]]
+    assert any(abs(a - b) > 1e-4 for a, b in first), "the tools were not reshuffled"
+    rows = ttsi.summarise(experiments.against(suffix, full))
+    right = [ttsi.summarise(r)["TT-SI"]["call"] for r in (suffix, full)]
+    assert rows["difference"]["call"] == pytest.approx(right[0] - right[1]), "another difference"
+
+
+@pytest.mark.parametrize("slope", [(3.0, 4.0), (0.3, 0.4)])
+def test_a_clipped_step_closed_form(tmp_path, monkeypatch, slope):
+    """The loss is slope @ p / 2 of a span of two tokens: its gradient is slope / 2."""
+    p, slope = torch.zeros(2, requires_grad=True), torch.tensor(slope)
+    monkeypatch.setattr(ttsi, "logprob", lambda *_: -(slope @ p)[None])
+
+    def run(seed, flags):
+        cfg = ttsi.Config(epochs=1, lr=0.5)
+        return ttsi.train([([1, 2, 3], 1)], None, [p], cfg)
+
+    lab = SimpleNamespace(runs=tmp_path, run=run, path=lambda *_: "pairs")
+    ours = ttsi.train
+    assert experiments.clipped(lab, 0, 0.5) == [0.0], "another loss before the first step"
+    step = -0.5 * slope / 2 / max(1, slope.norm().item() / 2)
+    assert torch.allclose(p, step), "longer than 1 is clipped, shorter stays"
+    assert ttsi.train is ours, "a patch outlived its run"
+
+
+def icl(lab):
+    return other(lab, flags="--tau 2 --k 2 --drafts 2 --max-new-tokens 60")
+
+
+def turns(x, pairs):
+    out = [{"role": "system", "content": x.system}]
+    for pair in pairs:
+        out.append({"role": "user", "content": pair["request"]})
+        out.append({"role": "assistant", "content": json.dumps(pair["call"])})
+    return [*out, {"role": "user", "content": x.request}]
+
+
+def naive_ids(tok, x, pairs):
+    how = {"add_generation_prompt": True, "return_dict": True}
+    return tok.apply_chat_template(turns(x, pairs), **how).input_ids
+
+
+def test_icl_shows_the_pairs_as_earlier_turns_and_trains_nothing(lab):
+    few = icl(lab)
+    cfg, untouched = few.config(0), digest(lab.base(few.config(0))[0])
+    (model, tok), xs = few.base(cfg), {x.id: x for _, x in few.prepared(cfg)}
+    rows, before = experiments.shown(few, 0), few.run(0)
+    assert any(len(r["pairs"]) == 2 for r in rows), "choose other samples"
+    for row, was in zip(rows, before, strict=True):
+        assert row["pairs"] == was["pairs"], f"{row['id']}: other pairs are shown"
+        assert "train" not in row["cost"] and not row["loss"], f"{row['id']}: trained"
+        ids = naive_ids(tok, xs[row["id"]], row["pairs"])
+        text = greedy(model, tok, ids)
+        assert row["answer"] == text, f"{row['id']}: {row['answer']} is not {text}"
+    differ = sum(r["answer"] != r["direct"] for r in rows)
+    assert differ, "the pairs make no difference"
+    assert digest(model) == untouched, "the base weights were written"
+
+
+def test_pairs_that_exceed_the_context_are_not_shown_and_not_counted(lab, monkeypatch):
+    few = icl(lab)
+    cfg, tok = few.config(0), few.base(few.config(0))[1]
+    xs, before, sizes = {x.id: x for _, x in few.prepared(cfg)}, few.run(0), {}
+    for row in [row for row in before if row["pairs"]]:
+        ids = naive_ids(tok, xs[row["id"]], row["pairs"])
+        sizes[row["id"]] = len(ids) + cfg.max_new_tokens
+    limit = sorted(sizes.values())[len(sizes) // 2 - 1]
+    monkeypatch.setattr(ttsi, "context", lambda model: limit)
+    fit = {i for i, n in sizes.items() if n <= limit}
+    assert 0 < len(fit) < len(sizes), "choose other samples"
+    rows = experiments.shown.__wrapped__(few, 0)
+    for row, was in zip(rows, before, strict=True):
+        adapted = row["decision"] == "adapted"
+        assert adapted == (row["id"] in fit), f"{row['id']}: {sizes} tokens of {limit}"
+        assert adapted or row["answer"] == was["direct"], f"{row['id']}: not the direct answer"
+    assert experiments.pooled([rows])["adapted"] == len(fit), "others count as adapted"
+
+
+NO_SYSTEM = "{% for m in messages %}{{ raise_exception('no') if m.role == 'system' else '' }}"
+NO_SYSTEM += "<{{ m.role }}>{{ m.content }}{% endfor %}"
+ROLES = {"no system role": (NO_SYSTEM, "<user>S\n\nr1<assistant>{}<user>r"), "none": (None, "")}
+
+
+@pytest.mark.parametrize("kind", ROLES)
+def test_pairs_are_shown_by_any_template(tok, kind):
+    tok, x = copy.deepcopy(tok), SimpleNamespace(system="S", request="r")
+    tok.chat_template, want = ROLES[kind]
+    pair = {"request": "r1", "call": {"name": "f", "arguments": {}}}
+    text = tok.decode(experiments.with_pairs(tok, x, [pair]))
+    shown = json.dumps(pair["call"])
+    want = want.format(shown) or f"S\n\nr1\n\n{shown}\n\nr\n\n"
+    assert text == want, f"{kind}: the turns are told otherwise"
+
+
+def test_what_is_not_there_is_left_out(lab):
+    elsewhere = other(lab, teacher="")
+    elsewhere.embedded = False
+    for rows in (experiments.teacher, experiments.using(experiments.dose, 0)):
+        with pytest.raises(experiments.Skip):
+            rows(elsewhere, 0)
+
+
+def test_statistics_of_the_tables():
+    assert experiments.signs(5, 0) == experiments.signs(0, 5) == 2 / 32, "sign test: 5 of 5"
+    assert experiments.signs(3, 3) == 1, "sign test: an even split"
+    assert experiments.signs(7, 2) == 2 * (1 + 9 + 36) / 512, "sign test: 7 of 9"
+    r, values = random.Random(0), [i // 3 / 9 for i in range(30)]
+    right = [r.random() < 0.5 for _ in values]
+    high = [v for v, good in zip(values, right, strict=True) if good]
+    low = [v for v, good in zip(values, right, strict=True) if not good]
+    pairs = [(a > b) + (a == b) / 2 for a in high for b in low]
+    area = pytest.approx(sum(pairs) / len(pairs))
+    assert experiments.auroc(values, right) == area, "AUROC: not that of all pairs"
+    four = experiments.auroc([0.9, 0.5, 0.5, 0.1], [1, 1, 0, 0])
+    assert four == (1 + 1 + 0.5 + 1) / 4, "AUROC: ties count half"
+    assert experiments.auroc([1], [1]) is None, "AUROC: of right ones alone there is none"
+
+
+def scored(*calls, decision="adapted"):
+    """Rows of (direct right?, answer right?)"""
+    rows = []
+    for i, (direct, answer) in enumerate(calls):
+        right = [{"name": True, "call": bool(c)} for c in (direct, answer)]
+        scores = {"direct": right[0], "answer": right[1], "first": i == 0}
+        cost = {"answer": [2.0, 30], "direct": [1.0, 10]}
+        row = {"id": str(i), "margin": i / 9, "logp": {"f": 0.0, "g": 0.0}, "drafts": []}
+        rows.append(row | {"decision": decision, "scores": scores, "cost": cost})
+    return rows
+
+
+def test_a_line_of_a_table_by_hand():
+    """Four items, two seeds: the first gains twice, the second loses once, the third gains once
+    and loses once."""
+    one = scored((0, 1), (1, 0), (0, 1), (1, 1))
+    two = scored((0, 1), (1, 1), (1, 0), (1, 1), decision="certain")
+    r = experiments.pooled([one, two])
+    assert (r["seeds"], r["n"], r["adapted"]) == (2, 4, 2), "other items, or seeds"
+    assert r["direct"]["call"] == (50 + 75) / 2, "direct: not the mean of both seeds"
+    assert r["ttsi"]["call"] == (75 + 75) / 2, "TT-SI: not the mean of both seeds"
+    assert r["difference"] == (25 + 0) / 2, "difference: not the mean of both seeds"
+    assert r["sd"] == pytest.approx(25 / 2**0.5), "not the deviation between seeds"
+    assert (r["items better"], r["items worse"], r["p"]) == (1, 1, 1), "items counted otherwise"
+    assert (r["tokens"], r["seconds"]) == (3, 2), "not multiples of direct answers"
+    assert r["always first"] == 25, "always the first tool: one of four"
+    low, high = r["interval"]
+    assert -50 < low < r["difference"] < high < 100, "the interval lies elsewhere"
+
+
+# --------------------------------------------------------------------------- what is published
+
+READMES = (HERE.parent / "README.md", HERE / "README.md")
+BLOCK = re.compile(r"<!-- table (\S+) (\S+) -->\n(.*?)<!-- end -->", re.S)
+
+
+def blocks():
+    found = [block for readme in READMES for block in BLOCK.findall(readme.read_text())]
+    return {(stem, group): text for stem, group, text in found}
+
+
+def test_the_tables_are_those_of_the_results():
+    found = {stem: experiments.results(stem) for stem in ("test", "dev")}
+    drawn = experiments.figures("test", found["test"])
+    published = {(stem, group) for stem in found for group in found[stem]}
+    published |= {("test", "findings")} if drawn else set()
+    assert blocks().keys() == published, "a table without results, or the reverse"
+    for (stem, group), text in blocks().items():
+        if group == "findings":
+            assert text == drawn["findings"], "run `python data/experiments.py`"
+            continue
+        _, show = experiments.SHOW.get(group, (None, experiments.markdown))
+        hint = f"run `python data/experiments.py {group}` on {stem}"
+        assert text == show(found[stem][group]), hint
+        labels = [label for label, *_ in experiments.GROUPS[group][2]]
+        assert list(found[stem][group]) == labels, f"{stem} {group}: a row is missing"
+
+
+def test_the_figures_are_those_of_the_results():
+    for name, text in experiments.figures("test", experiments.results("test")).items():
+        if name != "findings":
+            there = (HERE / "results" / name).read_text()
+            assert there == text, f"{name} shows other numbers: run data/experiments.py"
+
+
+def published():
+    for file in sorted((HERE / "results").glob("*.json")):
+        for label, r in json.loads(file.read_text()).items():
+            yield f"{file.name}: {label}", r
+
+
+def test_published_numbers_agree_with_one_another():
+    for name, r in published():
+        change = r["ttsi"]["call"] - r["direct"]["call"]
+        assert r["difference"] == pytest.approx(change), f"{name}: another difference"
+        low, high = r["interval"]
+        assert low <= r["difference"] <= high, f"{name}: the interval lies elsewhere"
+        better, worse = r["items better"], r["items worse"]
+        n = better + worse
+        assert n <= r["n"] and 0 <= r["adapted"] <= r["n"], f"{name}: more than there are"
+        splits = itertools.product((0, 1), repeat=min(n, 12))
+        if n <= 12:  # all ways in which n items can go
+            uneven = [abs(2 * sum(split) - n) >= abs(better - worse) for split in splits]
+            assert r["p"] == pytest.approx(sum(uneven) / 2**n), f"{name}: another p"
+        kept, all_drafts = r["drafts kept"]
+        assert kept <= all_drafts, f"{name}: more drafts are kept than were written"
+
+
+def test_publishing_replaces_what_is_between_the_marks_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "HERE", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    marks = "a\n<!-- table test {} -->\nold\n<!-- end -->\nz\n"
+    both = "".join(marks.format(group) for group in ("main", "dose"))
+    for readme in (tmp_path / "README.md", tmp_path / "data/README.md"):
+        readme.write_text(both)
+    experiments.publish("test", "dose", "new \\1\n")
+    for readme in (tmp_path / "README.md", tmp_path / "data/README.md"):
+        want = marks.format("main") + marks.format("dose").replace("old", "new \\1")
+        assert readme.read_text() == want, f"{readme.name}: published elsewhere"
+
+
+@slow
+def test_all_experiments_run_quickly(tmp_path, monkeypatch, capsys):
+    class Apart(experiments.Lab):
+        def __init__(self, args):
+            super().__init__(args)
+            self.runs = tmp_path
+
+    monkeypatch.setattr(experiments, "Lab", Apart)
+    files = [*(HERE / "results").iterdir(), *READMES]
+    before = {file: file.read_bytes() for file in files}
+    experiments.main(["--quick", "--limit", "4"])
+    text = "\n" + capsys.readouterr().out
+    for group, (*_, lines) in experiments.GROUPS.items():
+        if group not in experiments.TUNING:
+            for label, *_ in lines:
+                assert f"\n{label}: " in text, f"{group}: {label} did not run"
+    assert "left out" not in text, "a row was left out"
+    for file, was in before.items():
+        assert file.read_bytes() == was, f"a look publishes nothing, but {file} changed"
+
+
+# -------------------------------------------------------------------------------- the bench
+
+MEASURED = {"direct", "certain", "uncertain, suffix", "uncertain, full", "H, after the prompt"}
+MEASURED |= {"H, whole prompts", "T, suffix", "T, full", "T, floor of full", "prompt alone"}
+
+
+def test_the_bench_measures_every_stage(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "DRAFT", 5)
+    monkeypatch.setattr(bench, "ANSWER", 3)
+    generate, judge, parse = ttsi.generate, ttsi.judge, ttsi.parse
+    report = bench.main(["--quick", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["rows"].keys() == report["rows"].keys(), "--json prints other rows"
+    assert report["rows"].keys() >= MEASURED, f"not measured: {MEASURED - report['rows'].keys()}"
+    assert all(row["seconds"] > 0 for row in report["rows"].values()), "took no time"
+    wanted = [(a, b) for a, b, _ in bench.TARGETS if "PEFT" not in a]
+    assert [(a, b) for a, b, *_ in report["targets"] if "PEFT" not in a] == wanted, "targets"
+    assert (generate, judge, parse) == (ttsi.generate, ttsi.judge, ttsi.parse), "still patched"
+
+
+def test_the_bench_notices_a_stage_that_was_left_out(monkeypatch):
+    ours = ttsi.tt_si
+
+    def without_training(*args):
+        result = ours(*args)
+        result.cost.pop("train", None)
+        return result
+
+    monkeypatch.setattr(bench, "DRAFT", 5)
+    monkeypatch.setattr(bench, "ANSWER", 3)
+    monkeypatch.setattr(ttsi, "tt_si", without_training)
+    with pytest.raises(AssertionError):
+        bench.main(["--quick"])
+
+
+def test_ratios_of_the_bench_by_hand():
+    four = bench.over([2, 4, 8, 6], [1, 1, 2, 2])  # ratios 2, 3, 4, 4
+    assert four == (5 / 1.5, 3, 3.5, 4), "four rounds: median over median, then quartiles"
+    three = bench.over([1, 2, 9], [1, 1, 1])
+    assert three == (2, 1, 2, 9), "three rounds: all of them"
+
+
+def test_what_is_computed_for_real_models_stands_in_the_readme(capsys):
+    report = bench.main(["computed"])
+    text = capsys.readouterr().out
+    assert text in READMES[0].read_text(), "run `python data/bench.py computed`"
+    small = report["qwen2.5-0.5b, laptop GPU, bfloat16"]  # by hand: 494 M parameters of 2 bytes
+    want = 2 * 494e6 * 581 / 10e12 + 30 * 2 * 494e6 / 250e9
+    assert small["direct"] == pytest.approx(want, rel=0.01), "not the roofline"
