@@ -524,10 +524,7 @@ def test_a_token_that_merges_across_the_end_of_the_tools(request_, texts, adapt)
     how = {"special_tokens": ["<end>"], "initial_alphabet": pre.ByteLevel.alphabet()}
     made.train_from_iterator(["}/"] * 9, tokenizers.trainers.BpeTrainer(vocab_size=258, **how))
     tok = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
-    tok, cfg = (
-        templated(tok, ALL.replace("[", "").replace("]", "")),
-        config(ALWAYS, adapt=adapt, lr=0.5),
-    )
+    tok, cfg = templated(tok, re.sub(r"[\[\]]", "", ALL)), config(ALWAYS, adapt=adapt, lr=0.5)
     sample, given = ask("m", request_, F, *GET), [pair(t, "get_all", x=t) for t in texts]
     x, got = agrees(tiny(tok), tok, sample, given, cfg)
     assert "}/" in tok.tokenize(x.system + "/"), "the vocabulary is not what it is meant to be"

@@ -45,15 +45,6 @@ def tok():
     return AutoTokenizer.from_pretrained(HERE / "model")
 
 
-# -------------------------------------------------------------------------------- the world
-
-
-def test_the_splits_are_what_the_generator_writes():
-    for split, n in world.FILES.items():
-        drawn = list(world.records(split, n, 1, 0))
-        assert read(HERE / f"{split}.jsonl") == drawn, f"{split}.jsonl: world and splits are frozen"
-
-
 def rare(request, call):
     """-> [is the verb, is the object worded rarely], by looking for all rare wordings."""
     found = []
@@ -62,84 +53,13 @@ def rare(request, call):
     return found
 
 
-def test_training_never_answers_a_rare_wording():
-    r = random.Random(0)
-    for _ in range(300):
-        tools = world.offer(r, "train", 5)
-        plain, shifted = (world.answer_pair(r, tools[0], shifted=s) for s in (False, True))
-        assert rare(*plain) == [False, False], f"{plain}: training answers a rare wording"
-        assert rare(*shifted)[0], f"{shifted}: a shifted item words its verb familiarly"
-    written = [world.draft_triple(r, world.offer(r, "train", 5)) for _ in range(300)]
-    share = sum(rare(request, call)[0] for _, call, request in written) / 300
-    assert 0.3 < share < 0.8, "writing uses rare verbs, but not always"
-
-
-def test_what_is_written_does_not_depend_on_the_seeds_tool():
-    def verbs(request, tools):  # those of the tools that the request says
-        for verb, _ in (tool["function"]["name"].split("_") for tool in tools):
-            if any(re.search(rf"\b{w}\b", request) for ws in world.VERBS[verb] for w in ws):
-                yield verb
-
-    r, same = random.Random(0), 0
-    for _ in range(1000):
-        tools = world.offer(r, "train", 4)
-        seed, call, _ = world.draft_triple(r, tools)
-        names = [t["function"]["name"] for t in tools]
-        said = [n for n in names if n.split("_")[0] in verbs(seed, tools)]
-        same += call["name"] in said[:1]
-    assert abs(same / 1000 - 0.25) < 0.05, "not one of four by chance (3.6 standard deviations)"
-
-
-def test_no_tool_of_one_split_is_in_another():
-    for split, n in (("dev", 200), ("demo", 100), ("test", 500)):
-        records = read(HERE / f"{split}.jsonl")
-        offered = {t["function"]["name"] for r in records for t in r["tools"]}
-        others = {"_".join(t) for s, tools in world.TOOLS.items() if s != split for t in tools}
-        assert len(records) == n, f"{split}.jsonl has another size"
-        assert not offered & others, f"{split}: {offered & others} belong to other splits"
-
-
-def test_the_model_learns_the_very_prompts_of_the_method(tok):
-    """Prompts in training are those of ttsi.py, in the tokens of the shipped model."""
-    r, built = random.Random(0), world.build_tokenizer()
-    model = SimpleNamespace(config=Qwen3Config(max_position_embeddings=4096))
-    for record in world.records("dev", 20, 1, 7):
-        sample = ttsi.to_sample(record)
-        x = ttsi.prepare(model, tok, sample, ttsi.Config(shuffle=False))
-        head, rest = world.prompts(built, record["tools"], x.request)
-        tokens = [built(part, add_special_tokens=False).input_ids for part in (head, rest)]
-        assert sum(tokens, []) == x.ids, "training reads another prompt"
-        assert len(tokens[0]) == x.head, "the tools end elsewhere"
-        seed, call, request = world.draft_triple(r, record["tools"])
-        x.request = seed  # nothing but a copy of it would be refused
-        draft = ttsi.judge(world.draft_text(call, request), [], x, ttsi.Config())
-        assert draft["pair"] == {"request": request, "call": call}, (
-            f"{draft}: it learns what fails the checks"
-        )
-
-
 def small(folder, **changes):
     """The flags of a training of seconds."""
     flags = {"seed": 0, "steps": 3, "hidden": 32, "layers": 1, "ff": 32, "lr": 3e-3, "muon": 0.02}
-    flags |= {"tied": False, "bf16": False, "teacher": False, "compile": False, "threads": 2}
-    return argparse.Namespace(**flags | {"minutes": 0, "checkpoint": folder} | changes)
+    flags |= {"tied": False, "bf16": False, "teacher": False, "compile": False}
+    flags |= {"threads": torch.get_num_threads(), "minutes": 0, "checkpoint": folder}
+    return argparse.Namespace(**flags | changes)
 
-
-def test_training_goes_on_where_it_was_stopped(tok, tmp_path, monkeypatch):
-    monkeypatch.setattr(world, "evaluate", lambda *_: "")
-    world.train(small(tmp_path), tok)
-    at_once = torch.load(tmp_path / "state.pt", weights_only=True)
-    (tmp_path / "state.pt").unlink()
-    for _ in range(3):
-        with pytest.raises(SystemExit, match="goes on from there"):
-            world.train(small(tmp_path, minutes=1e-9), tok)  # stopped after every step
-    stopped = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert at_once["step"] == stopped["step"] == 3, "a step was lost, or done twice"
-    for name, weight in at_once["model"].items():
-        assert torch.equal(weight, stopped["model"][name]), f"{name} differs from one sitting"
-
-
-# ---------------------------------------------------------------------------- the converter
 
 HAMMER = ("sealtool", "apibank_l1", "apibank_l2", "toolalpaca")
 THEIRS = ("seal-tools/canonical_294", "api-bank/canonical_l1", "api-bank/canonical_l2")
@@ -179,60 +99,11 @@ def without_details(records):
             f |= {"description": "", "parameters": {}}
 
 
-@beside
-@pytest.mark.parametrize("name", UPSTREAM)
-def test_conversion_equals_the_independent_one(name):
-    """The canonical files were made from each benchmark's own files by other code."""
-    ours, theirs = convert.convert(str(BENCHMARKS / name))[0], read(BENCHMARKS / UPSTREAM[name])
-    if "toolalpaca" in name:  # there 107 and 111 are malformed
-        ours = [r for r in ours if r["id"] not in ("107", "111")]
-        without_details(ours + theirs)
-    assert len(ours) == len(theirs), "other items are left"
-    for a, b in zip(ours, theirs, strict=True):
-        a["messages"] = joined(a["messages"])
-        for key in ("messages", "tools", "call"):
-            assert bare(a[key]) == bare(b[key]), f"{a['id']}: another {key}"
-        assert a.keys() == b.keys(), f"{a['id']}: other fields"
-        for key, values in b.get("accept", {}).items():
-            plain = "{" not in json.dumps(values)  # objects are spelled out: see the tests below
-            assert not plain or a["accept"][key] == values, f"{a['id']}: accepts other {key}"
-
-
-@beside
-@pytest.mark.parametrize("name", UPSTREAM)
-def test_converted_labels_are_graded_right(name):
-    for record in convert.convert(str(BENCHMARKS / name))[0]:
-        sample = ttsi.to_sample(json.loads(json.dumps(record)))
-        grade = ttsi.grade(json.dumps(sample["call"]), sample)
-        assert grade == {"name": True, "call": True}, f"{record['id']}: its label is graded wrong"
-
-
 def upstream(path, *items):
     """A file of these items as they are published: BFCL's as lines, Hammer's as one list."""
     text = json.dumps(items) if "query" in items[0] else "\n".join(map(json.dumps, items))
     path.write_text("\ufeff" + text)
     return str(path)
-
-
-def test_conversion_by_hand(tmp_path):
-    x = {"type": "list(str)", "required": True}
-    f = {"name": "f", "parameters": {"x": x, "y": {"type": "any", "choices": [1]}}}
-    g, answer = {"name": "g", "arguments": {}}, {"tool": "f", "parameters": {"x": "1"}}
-    no_tool = {"name": "components", "parameters": {}}
-    item = {"query": "q", "tools": [f, no_tool], "answers": [answer]}
-    others = [{"answers": [g, g]}, {"answers": []}, {"answers": [g]}, {"tools": [f, f]}]
-    others = [item | change for change in (*others, {"query": " "})]
-    (record,), n, dropped, notes = convert.convert(upstream(tmp_path / "x.json", *others, item))
-    (tool,) = record.pop("tools")
-    x = {"type": "array", "items": {"type": "string"}}
-    schema = {"type": "object", "properties": {"x": x, "y": {"enum": [1]}}, "required": ["x"]}
-    function = {"name": "f", "description": "", "parameters": schema}
-    assert tool == {"type": "function", "function": function}, "the tool is converted otherwise"
-    call, message = {"name": "f", "arguments": {"x": "1"}}, {"role": "user", "content": "q"}
-    assert record == {"id": "5", "messages": [message], "call": call}, "the record differs"
-    reasons = ["a tool is on offer twice, or has no name", "no call", "no request"]
-    reasons += ["several calls", "the answer's tool is not on offer"]
-    assert (n, sorted(dropped), len(notes)) == (6, reasons, 2), "items were dropped otherwise"
 
 
 F = {"type": "dict", "properties": {"o": {"type": "dict"}, "z": {"type": "tuple"}}}
@@ -242,34 +113,6 @@ BERKELEY |= {"function": [{"name": "m.f", "parameters": F}]}
 
 def answers(path, **accept):
     return upstream(path, *({"id": i, "ground_truth": [{"m.f": a}]} for i, a in accept.items()))
-
-
-def test_answers_of_the_leaderboard_by_hand(tmp_path):
-    a = {"o": [{"p": [1, 2], "q": ["u", ""]}], "z": ["", [3]]}
-    many = {"o": [{k: [0, 1] for k in "0123456789"}]}
-    right = answers(tmp_path / "y.json", a=a, c={}, d={"z": []}, e=many)
-    others = [BERKELEY | {"id": i} for i in "bcde"]
-    others[1]["question"] = BERKELEY["question"] * 2
-    path = upstream(tmp_path / "x.json", BERKELEY, *others)
-    (record,), _, dropped, _ = convert.convert(path, right)
-    spelled = [{"p": 1, "q": "u"}, {"p": 1}, {"p": 2, "q": "u"}, {"p": 2}]
-    assert record["accept"] == {"o": spelled, "z": ["", [3]]}, "objects are spelled out otherwise"
-    call = {"name": "m.f", "arguments": {"o": {"p": 1, "q": "u"}}}
-    assert record["call"] == call, "the label is not the first of what is acceptable"
-    properties = record["tools"][0]["function"]["parameters"]["properties"]
-    assert properties == {"o": {"type": "object"}, "z": {"type": "array"}}, "types differ"
-    reasons = ["an argument for which nothing is acceptable", "several turns"]
-    reasons += ["more than 1000 acceptable values of one argument", "no answer with its id"]
-    assert sorted(dropped) == sorted(reasons), "items were dropped for other reasons"
-
-
-def test_answers_that_do_not_belong_to_the_file(tmp_path):
-    right = answers(tmp_path / "y.json", a={})
-    twice = upstream(tmp_path / "x.json", BERKELEY, BERKELEY)
-    with pytest.raises(convert.BadInput, match='item 1: id "a" is an earlier'):
-        convert.convert(twice, right)
-    with pytest.raises(convert.BadInput, match="leave --answers out"):
-        convert.convert(upstream(tmp_path / "z.json", json.loads(GOOD)), right)
 
 
 FUNCTION = '{"name": "f", "parameters": {}}'
@@ -293,29 +136,6 @@ BAD = {  # what a file holds: how the complaint goes
 }
 
 
-@pytest.mark.parametrize("text", BAD, ids=range(len(BAD)))
-def test_conversion_tells_bad_input_in_one_line(tmp_path, capsys, text):
-    (tmp_path / "x.json").write_text(text, errors="surrogateescape")
-    assert convert.main([str(tmp_path / "x.json")]) == 2, "bad input has another exit code"
-    out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1, f"not one line: {out}{err}"
-    assert err.startswith(f"convert: {tmp_path}/") and BAD[text] in err, f"it does not help: {err}"
-
-
-@beside
-def test_conversion_of_standard_input():
-    def run(*argv, **more):
-        command = [sys.executable, str(HERE / "convert.py"), *argv]
-        return subprocess.run(command, capture_output=True, **more)
-
-    path = BENCHMARKS / "hammer-eval/apibank_l2.json"
-    piped = run(input=path.read_bytes())
-    told = b"127 items, 121 left, 6 dropped (6 the answer's tool is not on offer)"
-    assert piped.returncode == 0 and told in piped.stderr, piped.stderr.decode()
-    assert piped.stdout.count(b"\n") == 121, "not a record a line"
-    assert piped.stdout == run(str(path)).stdout, "standard input gives other records"
-
-
 def transcript(turns):
     """A published dialogue, line by line: who speaks, what is said, called and returned."""
     for turn in turns:
@@ -325,33 +145,6 @@ def transcript(turns):
         else:
             yield f"{'assistant' if role == 'agent' else role}: {text}"
 
-
-@beside
-@pytest.mark.parametrize("name", ["apibank_l1", "apibank_l2"])
-def test_a_dialogue_is_one_user_message_that_holds_every_turn(tok, name):
-    tok = copy.deepcopy(tok)
-    tok.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    path = BENCHMARKS / f"hammer-eval/{name}.json"
-    items = json.loads(path.read_text())
-    for record in convert.convert(str(path))[0]:
-        lines = list(transcript(items[int(record["id"])]["query"]))
-        want = "\n".join(lines) if len(lines) > 1 else lines[0].removeprefix("user: ")
-        request = ttsi.user_text(record["messages"])
-        assert request == want, f"{record['id']}: a turn is missing, or told otherwise"
-        prompt, _ = ttsi.render(tok, "TOOLS", request)
-        assert prompt == "<system>TOOLS<user>" + request, f"{record['id']}: not one user message"
-
-
-@beside
-@pytest.mark.parametrize("name", UPSTREAM)
-def test_the_table_of_benchmarks_is_what_the_converter_counts(name):
-    records, n, *_ = convert.convert(str(BENCHMARKS / name))
-    cells = [f"`{Path(name).name}`", n, len(records), *convert.shape(records)]
-    row = "| " + " | ".join(map(str, cells)) + " |"
-    assert row in (HERE / "README.md").read_text(), f"data/README.md lacks {row}"
-
-
-# -------------------------------------------------------------------------- the experiments
 
 STAGES = ("prefill", "score", "generate", "train", "answer")
 TOLD = ("decision", "answer", "direct", "scores", "drafts", "pairs", "loss", "margin")
@@ -395,6 +188,271 @@ def greedy(model, tok, ids, begun="", most=60):
     return begun + tok.decode(new, skip_special_tokens=True)
 
 
+def call(name, **arguments):
+    return json.dumps({"name": name, "arguments": arguments})
+
+
+F12, F12_AS_TEXT, G12 = call("f", a=12.0), call("f", a=" 12"), call("g", a=12.0)
+DRAWN = {  # five sampled answers: who wins the vote, is any right
+    "demo-000": (["no call", G12, F12, F12_AS_TEXT, G12], G12, True),  # two each: the first
+    "demo-001": (["no call"] * 5, "", False),
+    "demo-002": ([F12, F12_AS_TEXT, G12, G12, G12], G12, True),
+    "demo-003": ([G12, F12, F12_AS_TEXT, "{", "{}"], F12, True),  # a value is compared as text
+}
+
+
+def icl(lab):
+    return other(lab, flags="--tau 2 --k 2 --drafts 2 --max-new-tokens 60")
+
+
+def naive_ids(tok, x, pairs):
+    turns = [("system", x.system)]
+    for pair in pairs:
+        turns += [("user", pair["request"]), ("assistant", json.dumps(pair["call"]))]
+    turns = [{"role": role, "content": text} for role, text in [*turns, ("user", x.request)]]
+    how = {"add_generation_prompt": True, "return_dict": True}
+    return tok.apply_chat_template(turns, **how).input_ids
+
+
+NO_SYSTEM = "{% for m in messages %}{{ raise_exception('no') if m.role == 'system' else '' }}"
+NO_SYSTEM += "<{{ m.role }}>{{ m.content }}{% endfor %}"
+ROLES = {"no system role": (NO_SYSTEM, "<user>S\n\nr1<assistant>{}<user>r"), "none": (None, "")}
+
+
+def scored(*calls, decision="adapted"):
+    """Rows of (direct right?, answer right?)"""
+    rows = []
+    for i, (direct, answer) in enumerate(calls):
+        right = [{"name": True, "call": bool(c)} for c in (direct, answer)]
+        scores = {"direct": right[0], "answer": right[1], "first": i == 0}
+        cost = {"answer": [2.0, 30], "direct": [1.0, 10]}
+        row = {"id": str(i), "margin": i / 9, "logp": {"f": 0.0, "g": 0.0}, "drafts": []}
+        rows.append(row | {"decision": decision, "scores": scores, "cost": cost})
+    return rows
+
+
+READMES = (HERE.parent / "README.md", HERE / "README.md")
+BLOCK = re.compile(r"<!-- table (\S+) (\S+) -->\n(.*?)<!-- end -->", re.S)
+
+
+def blocks():
+    found = [block for readme in READMES for block in BLOCK.findall(readme.read_text())]
+    return {(stem, group): text for stem, group, text in found}
+
+
+def published():
+    for file in sorted((HERE / "results").glob("*.json")):
+        for label, r in json.loads(file.read_text()).items():
+            yield f"{file.name}: {label}", r
+
+
+MEASURED = {"direct", "certain", "uncertain, suffix", "uncertain, full", "H, after the prompt"}
+MEASURED |= {"H, whole prompts", "T, suffix", "T, full", "T, floor of full", "prompt alone"}
+
+
+# -------------------------------------------------------------------------------- the world
+def test_the_splits_are_what_the_generator_writes():
+    for split, n in world.FILES.items():
+        drawn = list(world.records(split, n, 1, 0))
+        assert read(HERE / f"{split}.jsonl") == drawn, f"{split}.jsonl: world and splits are frozen"
+
+
+def test_training_never_answers_a_rare_wording():
+    r = random.Random(0)
+    for _ in range(300):
+        tools = world.offer(r, "train", 5)
+        plain, shifted = (world.answer_pair(r, tools[0], shifted=s) for s in (False, True))
+        assert rare(*plain) == [False, False], f"{plain}: training answers a rare wording"
+        assert rare(*shifted)[0], f"{shifted}: a shifted item words its verb familiarly"
+    written = [world.draft_triple(r, world.offer(r, "train", 5)) for _ in range(300)]
+    share = sum(rare(request, call)[0] for _, call, request in written) / 300
+    assert 0.3 < share < 0.8, "writing uses rare verbs, but not always"
+
+
+def test_what_is_written_does_not_depend_on_the_seeds_tool():
+    r, same = random.Random(0), 0
+    for _ in range(1000):
+        tools = world.offer(r, "train", 4)
+        seed, call, _ = world.draft_triple(r, tools)
+        names = [t["function"]["name"] for t in tools]
+        verbs = [sum(world.VERBS[name.split("_")[0]], []) for name in names]
+        said = [any(re.search(rf"\b{w}\b", seed) for w in wordings) for wordings in verbs]
+        same += call["name"] == names[said.index(True)]
+    assert abs(same / 1000 - 0.25) < 0.05, "not one of four by chance (3.6 standard deviations)"
+
+
+def test_no_tool_of_one_split_is_in_another():
+    for split, n in (("dev", 200), ("demo", 100), ("test", 500)):
+        records = read(HERE / f"{split}.jsonl")
+        offered = {t["function"]["name"] for r in records for t in r["tools"]}
+        others = {"_".join(t) for s, tools in world.TOOLS.items() if s != split for t in tools}
+        assert len(records) == n, f"{split}.jsonl has another size"
+        assert not offered & others, f"{split}: {offered & others} belong to other splits"
+
+
+def test_the_model_learns_the_very_prompts_of_the_method(tok):
+    """Prompts in training are those of ttsi.py, in the tokens of the shipped model."""
+    r, built = random.Random(0), world.build_tokenizer()
+    model = SimpleNamespace(config=Qwen3Config(max_position_embeddings=4096))
+    for record in world.records("dev", 20, 1, 7):
+        sample = ttsi.to_sample(record)
+        x = ttsi.prepare(model, tok, sample, ttsi.Config(shuffle=False))
+        head, rest = world.prompts(built, record["tools"], x.request)
+        tokens = [built(part, add_special_tokens=False).input_ids for part in (head, rest)]
+        assert sum(tokens, []) == x.ids, "training reads another prompt"
+        assert len(tokens[0]) == x.head, "the tools end elsewhere"
+        seed, call, request = world.draft_triple(r, record["tools"])
+        x.request = seed  # nothing but a copy of it would be refused
+        draft = ttsi.judge(world.draft_text(call, request), [], x, ttsi.Config())
+        assert draft["verdict"] == "kept", f"{draft}: it learns what fails the checks"
+
+
+def test_training_goes_on_where_it_was_stopped(tok, tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "evaluate", lambda *_: "")
+    world.train(small(tmp_path), tok)
+    at_once = torch.load(tmp_path / "state.pt", weights_only=True)
+    (tmp_path / "state.pt").unlink()
+    for _ in range(3):
+        with pytest.raises(SystemExit, match="goes on from there"):
+            world.train(small(tmp_path, minutes=1e-9), tok)  # stopped after every step
+    stopped = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert at_once["step"] == stopped["step"] == 3, "a step was lost, or done twice"
+    for name, weight in at_once["model"].items():
+        assert torch.equal(weight, stopped["model"][name]), f"{name} differs from one sitting"
+
+
+# ---------------------------------------------------------------------------- the converter
+@beside
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_conversion_equals_the_independent_one(name):
+    """The canonical files were made from each benchmark's own files by other code."""
+    ours, theirs = convert.convert(str(BENCHMARKS / name))[0], read(BENCHMARKS / UPSTREAM[name])
+    if "toolalpaca" in name:  # there 107 and 111 are malformed
+        ours = [r for r in ours if r["id"] not in ("107", "111")]
+        without_details(ours + theirs)
+    assert len(ours) == len(theirs), "other items are left"
+    for a, b in zip(ours, theirs, strict=True):
+        a["messages"] = joined(a["messages"])
+        for key in ("messages", "tools", "call"):
+            assert bare(a[key]) == bare(b[key]), f"{a['id']}: another {key}"
+        assert a.keys() == b.keys(), f"{a['id']}: other fields"
+        for key, values in b.get("accept", {}).items():
+            plain = "{" not in json.dumps(values)  # objects are spelled out: see the tests below
+            assert not plain or a["accept"][key] == values, f"{a['id']}: accepts other {key}"
+
+
+@beside
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_converted_labels_are_graded_right(name):
+    for record in convert.convert(str(BENCHMARKS / name))[0]:
+        sample = ttsi.to_sample(json.loads(json.dumps(record)))
+        grade = ttsi.grade(json.dumps(sample["call"]), sample)
+        assert grade == {"name": True, "call": True}, f"{record['id']}: its label is graded wrong"
+
+
+def test_conversion_by_hand(tmp_path):
+    x = {"type": "list(str)", "required": True}
+    f = {"name": "f", "parameters": {"x": x, "y": {"type": "any", "choices": [1]}}}
+    g, answer = {"name": "g", "arguments": {}}, {"tool": "f", "parameters": {"x": "1"}}
+    no_tool = {"name": "components", "parameters": {}}
+    item = {"query": "q", "tools": [f, no_tool], "answers": [answer]}
+    others = [{"answers": [g, g]}, {"answers": []}, {"answers": [g]}, {"tools": [f, f]}]
+    others = [item | change for change in (*others, {"query": " "})]
+    (record,), n, dropped, notes = convert.convert(upstream(tmp_path / "x.json", *others, item))
+    (tool,) = record.pop("tools")
+    x = {"type": "array", "items": {"type": "string"}}
+    schema = {"type": "object", "properties": {"x": x, "y": {"enum": [1]}}, "required": ["x"]}
+    function = {"name": "f", "description": "", "parameters": schema}
+    assert tool == {"type": "function", "function": function}, "the tool is converted otherwise"
+    call, message = {"name": "f", "arguments": {"x": "1"}}, {"role": "user", "content": "q"}
+    assert record == {"id": "5", "messages": [message], "call": call}, "the record differs"
+    reasons = ["a tool is on offer twice, or has no name", "no call", "no request"]
+    reasons += ["several calls", "the answer's tool is not on offer"]
+    assert (n, sorted(dropped), len(notes)) == (6, reasons, 2), "items were dropped otherwise"
+
+
+def test_answers_of_the_leaderboard_by_hand(tmp_path):
+    a = {"o": [{"p": [1, 2], "q": ["u", ""]}], "z": ["", [3]]}
+    many = {"o": [{k: [0, 1] for k in "0123456789"}]}
+    right = answers(tmp_path / "y.json", a=a, c={}, d={"z": []}, e=many)
+    others = [BERKELEY | {"id": i} for i in "bcde"]
+    others[1]["question"] = BERKELEY["question"] * 2
+    path = upstream(tmp_path / "x.json", BERKELEY, *others)
+    (record,), _, dropped, _ = convert.convert(path, right)
+    spelled = [{"p": 1, "q": "u"}, {"p": 1}, {"p": 2, "q": "u"}, {"p": 2}]
+    assert record["accept"] == {"o": spelled, "z": ["", [3]]}, "objects are spelled out otherwise"
+    call = {"name": "m.f", "arguments": {"o": {"p": 1, "q": "u"}}}
+    assert record["call"] == call, "the label is not the first of what is acceptable"
+    properties = record["tools"][0]["function"]["parameters"]["properties"]
+    assert properties == {"o": {"type": "object"}, "z": {"type": "array"}}, "types differ"
+    reasons = ["an argument for which nothing is acceptable", "several turns"]
+    reasons += ["more than 1000 acceptable values of one argument", "no answer with its id"]
+    assert sorted(dropped) == sorted(reasons), "items were dropped for other reasons"
+
+
+def test_answers_that_do_not_belong_to_the_file(tmp_path):
+    right = answers(tmp_path / "y.json", a={})
+    twice = upstream(tmp_path / "x.json", BERKELEY, BERKELEY)
+    with pytest.raises(convert.BadInput, match='item 1: id "a" is an earlier'):
+        convert.convert(twice, right)
+    with pytest.raises(convert.BadInput, match="leave --answers out"):
+        convert.convert(upstream(tmp_path / "z.json", json.loads(GOOD)), right)
+
+
+@pytest.mark.parametrize("text", BAD, ids=range(len(BAD)))
+def test_conversion_tells_bad_input_in_one_line(tmp_path, capsys, text):
+    (tmp_path / "x.json").write_text(text, errors="surrogateescape")
+    assert convert.main([str(tmp_path / "x.json")]) == 2, "bad input has another exit code"
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1, f"not one line: {out}{err}"
+    assert err.startswith(f"convert: {tmp_path}/") and BAD[text] in err, f"it does not help: {err}"
+
+
+@beside
+def test_conversion_of_standard_input():
+    def run(*argv, **more):
+        command = [sys.executable, str(HERE / "convert.py"), *argv]
+        return subprocess.run(command, capture_output=True, **more)
+
+    path = BENCHMARKS / "hammer-eval/apibank_l2.json"
+    piped = run(input=path.read_bytes())
+    told = b"127 items, 121 left, 6 dropped (6 the answer's tool is not on offer)"
+    assert piped.returncode == 0 and told in piped.stderr, piped.stderr.decode()
+    assert piped.stdout.count(b"\n") == 121, "not a record a line"
+    assert piped.stdout == run(str(path)).stdout, "standard input gives other records"
+
+
+@beside
+@pytest.mark.parametrize("name", ["apibank_l1", "apibank_l2"])
+def test_a_dialogue_is_one_user_message_that_holds_every_turn(tok, name):
+    tok = copy.deepcopy(tok)
+    tok.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    path = BENCHMARKS / f"hammer-eval/{name}.json"
+    items = json.loads(path.read_text())
+    for record in convert.convert(str(path))[0]:
+        lines = list(transcript(items[int(record["id"])]["query"]))
+        want = "\n".join(lines) if len(lines) > 1 else lines[0].removeprefix("user: ")
+        request = ttsi.user_text(record["messages"])
+        assert request == want, f"{record['id']}: a turn is missing, or told otherwise"
+        prompt, _ = ttsi.render(tok, "TOOLS", request)
+        assert prompt == "<system>TOOLS<user>" + request, f"{record['id']}: not one user message"
+
+
+@beside
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_the_table_of_benchmarks_is_what_the_converter_counts(name):
+    records, items, *_ = convert.convert(str(BENCHMARKS / name))
+    n = sorted(len(r["tools"]) for r in records)
+    first = sum(r["tools"][0]["function"]["name"] == r["call"]["name"] for r in records)
+    cells = [f"`{Path(name).name}`", items, len(n), f"{n[0]}/{n[(len(n) - 1) // 2]}/{n[-1]}"]
+    cells += [sum(k == 1 for k in n), f"{100 * first / len(n):.1f}"]
+    row = "| " + " | ".join(map(str, cells)) + " |"
+    assert row in (HERE / "README.md").read_text(), f"data/README.md lacks {row}"
+    counted = (cells[3], cells[4], cells[5])
+    assert convert.shape(records) == counted, "the converter counts otherwise"
+
+
+# -------------------------------------------------------------------------- the experiments
 def test_gating_afterwards_equals_a_gated_run(lab):
     both, run = lab.run(0, "--tau 2"), lab.run(0)
     assert {r["decision"] for r in run} == {"certain", "adapted"}, "choose other samples"
@@ -432,19 +490,6 @@ def test_every_tau_equals_gated_runs_and_their_complements(lab):
     assert listed[-1]["adapted"] >= 4, "choose other samples"
 
 
-def call(name, **arguments):
-    return json.dumps({"name": name, "arguments": arguments})
-
-
-F12, F12_AS_TEXT, G12 = call("f", a=12.0), call("f", a=" 12"), call("g", a=12.0)
-DRAWN = {  # five sampled answers: who wins the vote, is any right
-    "demo-000": (["no call", G12, F12, F12_AS_TEXT, G12], G12, True),  # two each: the first
-    "demo-001": (["no call"] * 5, "", False),
-    "demo-002": ([F12, F12_AS_TEXT, G12, G12, G12], G12, True),
-    "demo-003": ([G12, F12, F12_AS_TEXT, "{", "{}"], F12, True),  # a value is compared as text
-}
-
-
 def test_votes_and_pass_at_n_by_hand(lab, monkeypatch):
     drawn = {i: {"texts": texts, "cost": [2.0, 30]} for i, (texts, _, _) in DRAWN.items()}
     monkeypatch.setattr(experiments, "sampled", lambda *_: drawn)
@@ -457,8 +502,7 @@ def test_votes_and_pass_at_n_by_hand(lab, monkeypatch):
         assert row["scores"]["answer"]["call"] == (winner == F12), f"{row['id']}: graded wrong"
         assert chosen["scores"]["answer"]["call"] == right, f"{row['id']}: pass@5 is wrong"
         assert row["cost"]["answer"] == [2.0, 30], f"{row['id']}: the votes cost otherwise"
-    direct = lab.run(0, "--tau 0")[4:]
-    assert votes[4:] == direct, "a sample without votes changed"
+    assert votes[4:] == lab.run(0, "--tau 0")[4:], "a sample without votes changed"
     texts = experiments.distinct([F12, G12, F12_AS_TEXT, "x", "x"])
     assert texts == [F12, G12, "x"], "one text of each call, in order"
 
@@ -516,7 +560,7 @@ def test_one_adapter_for_all_starts_as_the_base_and_learns(lab):
 
 
 def test_a_kept_adapter_begins_as_the_temporary_one(lab):
-    kept, fresh = experiments.stream(lab, 0, 0.1), lab.run(0, "--tau 2")
+    kept, fresh = experiments.stream(lab, 0, 0.2), lab.run(0, "--tau 2 --lr 0.2")
     at = next(i for i, r in enumerate(fresh) if r["margin"] < 0.95 and r["pairs"])
     for a, b in zip(kept[:at], fresh, strict=False):
         assert a["answer"] == b["direct"], f"{a['id']}: nothing was learned before"
@@ -548,8 +592,7 @@ def test_round_trips_part_the_drafts(lab):
 
 
 def test_a_random_subset_is_as_large_as_the_uncertain(lab):
-    both = lab.run(0, "--tau 2")
-    n = sum(r["margin"] < 0.95 for r in both)
+    n = sum(r["margin"] < 0.95 for r in lab.run(0, "--tau 2"))
     chosen = sum("generate" in r["cost"] for r in experiments.a_random_subset(lab, 0))
     assert 0 < chosen == n < 6, f"{chosen} are adapted, {n} are uncertain"
 
@@ -588,8 +631,7 @@ def test_doses_are_nested(lab):
 
     assert rows[100] == lab.run(0), "all shifted is not the run itself"
     assert (same(50, 100), same(0, 50), same(0, 100)) == (3, 3, 0), "not nested by half"
-    direct = [r["scores"]["direct"]["call"] for r in rows[0]]
-    assert all(direct), "an unshifted item is not answered: the model does not know it"
+    assert all(r["scores"]["direct"]["call"] for r in rows[0]), "an unshifted item is wrong"
 
 
 def test_the_control_is_trained_on_the_next_items_pairs(lab):
@@ -646,23 +688,6 @@ def test_a_clipped_step_closed_form(tmp_path, monkeypatch, slope):
     assert ttsi.train is ours, "a patch outlived its run"
 
 
-def icl(lab):
-    return other(lab, flags="--tau 2 --k 2 --drafts 2 --max-new-tokens 60")
-
-
-def turns(x, pairs):
-    out = [{"role": "system", "content": x.system}]
-    for pair in pairs:
-        out.append({"role": "user", "content": pair["request"]})
-        out.append({"role": "assistant", "content": json.dumps(pair["call"])})
-    return [*out, {"role": "user", "content": x.request}]
-
-
-def naive_ids(tok, x, pairs):
-    how = {"add_generation_prompt": True, "return_dict": True}
-    return tok.apply_chat_template(turns(x, pairs), **how).input_ids
-
-
 def test_icl_shows_the_pairs_as_earlier_turns_and_trains_nothing(lab):
     few = icl(lab)
     cfg, untouched = few.config(0), digest(lab.base(few.config(0))[0])
@@ -675,8 +700,7 @@ def test_icl_shows_the_pairs_as_earlier_turns_and_trains_nothing(lab):
         ids = naive_ids(tok, xs[row["id"]], row["pairs"])
         text = greedy(model, tok, ids)
         assert row["answer"] == text, f"{row['id']}: {row['answer']} is not {text}"
-    differ = sum(r["answer"] != r["direct"] for r in rows)
-    assert differ, "the pairs make no difference"
+    assert any(r["answer"] != r["direct"] for r in rows), "the pairs make no difference"
     assert digest(model) == untouched, "the base weights were written"
 
 
@@ -697,11 +721,6 @@ def test_pairs_that_exceed_the_context_are_not_shown_and_not_counted(lab, monkey
         assert adapted == (row["id"] in fit), f"{row['id']}: {sizes} tokens of {limit}"
         assert adapted or row["answer"] == was["direct"], f"{row['id']}: not the direct answer"
     assert experiments.pooled([rows])["adapted"] == len(fit), "others count as adapted"
-
-
-NO_SYSTEM = "{% for m in messages %}{{ raise_exception('no') if m.role == 'system' else '' }}"
-NO_SYSTEM += "<{{ m.role }}>{{ m.content }}{% endfor %}"
-ROLES = {"no system role": (NO_SYSTEM, "<user>S\n\nr1<assistant>{}<user>r"), "none": (None, "")}
 
 
 @pytest.mark.parametrize("kind", ROLES)
@@ -739,18 +758,6 @@ def test_statistics_of_the_tables():
     assert experiments.auroc([1], [1]) is None, "AUROC: of right ones alone there is none"
 
 
-def scored(*calls, decision="adapted"):
-    """Rows of (direct right?, answer right?)"""
-    rows = []
-    for i, (direct, answer) in enumerate(calls):
-        right = [{"name": True, "call": bool(c)} for c in (direct, answer)]
-        scores = {"direct": right[0], "answer": right[1], "first": i == 0}
-        cost = {"answer": [2.0, 30], "direct": [1.0, 10]}
-        row = {"id": str(i), "margin": i / 9, "logp": {"f": 0.0, "g": 0.0}, "drafts": []}
-        rows.append(row | {"decision": decision, "scores": scores, "cost": cost})
-    return rows
-
-
 def test_a_line_of_a_table_by_hand():
     """Four items, two seeds: the first gains twice, the second loses once, the third gains once
     and loses once."""
@@ -770,16 +777,6 @@ def test_a_line_of_a_table_by_hand():
 
 
 # --------------------------------------------------------------------------- what is published
-
-READMES = (HERE.parent / "README.md", HERE / "README.md")
-BLOCK = re.compile(r"<!-- table (\S+) (\S+) -->\n(.*?)<!-- end -->", re.S)
-
-
-def blocks():
-    found = [block for readme in READMES for block in BLOCK.findall(readme.read_text())]
-    return {(stem, group): text for stem, group, text in found}
-
-
 def test_the_tables_are_those_of_the_results():
     found = {stem: experiments.results(stem) for stem in ("test", "dev")}
     drawn = experiments.figures("test", found["test"])
@@ -802,12 +799,6 @@ def test_the_figures_are_those_of_the_results():
         if name != "findings":
             there = (HERE / "results" / name).read_text()
             assert there == text, f"{name} shows other numbers: run data/experiments.py"
-
-
-def published():
-    for file in sorted((HERE / "results").glob("*.json")):
-        for label, r in json.loads(file.read_text()).items():
-            yield f"{file.name}: {label}", r
 
 
 def test_published_numbers_agree_with_one_another():
@@ -862,11 +853,6 @@ def test_all_experiments_run_quickly(tmp_path, monkeypatch, capsys):
 
 
 # -------------------------------------------------------------------------------- the bench
-
-MEASURED = {"direct", "certain", "uncertain, suffix", "uncertain, full", "H, after the prompt"}
-MEASURED |= {"H, whole prompts", "T, suffix", "T, full", "T, floor of full", "prompt alone"}
-
-
 def test_the_bench_measures_every_stage(monkeypatch, capsys):
     monkeypatch.setattr(bench, "DRAFT", 5)
     monkeypatch.setattr(bench, "ANSWER", 3)
