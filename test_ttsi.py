@@ -62,8 +62,7 @@ STRING, INTEGER = {"type": "string"}, {"type": "integer"}
 GET = [tool("get"), tool("get_all", x=STRING), tool("get_all_users", y=INTEGER)]
 FLIGHT = [tool("cancel_flight", city=STRING), tool("book_flight", city=STRING, days=INTEGER)]
 F, CANCEL = pair("", "f")["call"], pair("", "cancel_flight", city="Rome")["call"]
-# ragged tool lists; names that begin one another; one with a single tool
-SAMPLES = [ask("a", "get them all", F | {"name": "get"}, *GET)]
+SAMPLES = [ask("a", "get them all", F | {"name": "get"}, *GET)]  # names that begin one another
 SAMPLES += [ask("b", "cancel my flight to Rome, would you, please", CANCEL, *FLIGHT)]
 SAMPLES += [ask("c", "hm", F | {"name": "only"}, tool("only"))]
 PAIRS = {"b": [pair("book Oslo", "book_flight", city="Oslo", days=3)], "c": []}
@@ -126,8 +125,7 @@ def embedded():
 
 @pytest.fixture
 def loaded(embedded, monkeypatch):
-    """The embedded model is there already: runs load nothing."""
-    monkeypatch.setattr(ttsi, "load", lambda *_: embedded)
+    monkeypatch.setattr(ttsi, "load", lambda *_: embedded)  # once for all runs
 
 
 @pytest.fixture(scope="session", params=["qwen3", "llama3_1", "gemma3"])
@@ -846,17 +844,18 @@ def test_a_whole_run_with_real_tokenizers(real, tmp_path):
 
 def test_an_accelerator_is_used_where_there_is_one_and_local_rank_names_which(monkeypatch):
     def device(asked):
-        return str(ttsi.load(ttsi.Config.model, ttsi.Config(device=asked))[0].device)
+        model, _ = ttsi.load(ttsi.Config.model, ttsi.Config(device=asked))
+        return f"{model.device} {model.dtype}"
 
     def current(check_available=False):
         return torch.device("meta") if there or not check_available else None
 
     there = monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
-    assert device("auto") == "cpu", "a build for an accelerator runs without one"
+    assert device("auto") == "cpu torch.float32", "a build for an accelerator runs without one"
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert device("auto") == device("cpu") == "cpu", "LOCAL_RANK is for accelerators"
+    assert device("auto") == device("cpu") == "cpu torch.float32", "LOCAL_RANK is for accelerators"
     there = True
-    assert device("cpu") == "cpu", "the cpu was asked for"
+    assert device("cpu") == "cpu torch.float32", "the cpu was asked for"
     with pytest.raises(ttsi.InputError, match="on meta:1: "):
         device("auto")
 
@@ -1111,7 +1110,8 @@ def test_hostile_rows_in_an_output_are_refused(loaded, tmp_path):
     quiet(*BRIEF, "--output", path)
     raw, kept = path.read_bytes(), beside.read_bytes()
     bad = [b"[]", b"{", b'{"id": ["a"]}', b'{"id": "demo-099"}', b"\xff", b"[" * 9999]
-    cases = [(raw + line + b"\n", kept) for line in [*bad, b'{"id": "demo-000"}']]
+    bad += [b'{"id": "demo-000"}', json.dumps(read(path)[0] | {"drafts": 7}).encode()]
+    cases = [(raw + line + b"\n", kept) for line in bad]
     cases += [(raw, text) for text in (b"[]", b'{"config": [5]}', b"{")]
     cases += [(b"no rows, and no end of line", b"")]
     for rows, summary in cases:

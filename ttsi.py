@@ -365,8 +365,7 @@ def logprob(spans, prefix):
 
 @torch.no_grad()
 def write(tok, ids, prefix, cfg, uniform=None):
-    """-> [the greedy text that continues ids, up to an end token, a call or a pair]; or R texts,
-    sampled by uniform (R, max_new_tokens) and the inverse of the cumulative distribution."""
+    """-> [greedy text, up to an end, a call or a pair]; or R texts, by uniform (R, tokens)'s draws."""
     ends = prefix.model.generation_config.eos_token_id  # alone of that file: no penalties
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     prefix = prefix.shared_by([ids[:-1]])
@@ -378,7 +377,7 @@ def write(tok, ids, prefix, cfg, uniform=None):
         if uniform is None or cfg.temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:
-            cdf = (logits.float() / cfg.temperature).softmax(-1).cumsum(-1)
+            cdf = (logits.float() / cfg.temperature).softmax(-1).cumsum(-1)  # (R, V)
             level = uniform[:, step, None].to(cdf.device) * cdf[:, -1:]  # (R, 1)
             new = torch.searchsorted(cdf, level, right=True).clamp(max=cdf.shape[1] - 1)
         for row, token in enumerate(new[:, 0].tolist()):
@@ -644,8 +643,9 @@ def summarise(rows):
     if labelled:
         summary["always first"] = {"name": 100 * fmean(scores["first"] for scores in labelled)}
         for label, side in (("direct", "direct"), ("TT-SI", "answer")):
-            grades = [scores[side] for scores in labelled]
-            summary[label] = {kind: 100 * fmean(g[kind] for g in grades) for kind in grades[0]}
+            summary[label] = {
+                k: 100 * fmean(s[side][k] for s in labelled) for k in ("name", "call")
+            }
         change = [scores["answer"]["call"] - scores["direct"]["call"] for scores in labelled]
         low, high = interval(change)
         points = {"call": 100 * fmean(change), "95 % from": 100 * low, "to": 100 * high}
@@ -696,7 +696,7 @@ def save(path, lines, mode="w"):
 
 def resume(cfg, settings, ids, rank, world):
     """-> (this process's file, the summary's, {id: row} of the whole rows of all processes)."""
-    path, stem, rows = Path(cfg.output), cfg.output.removesuffix(".jsonl"), {}
+    path, stem = Path(cfg.output), cfg.output.removesuffix(".jsonl")
     own = Path(f"{stem}.rank{rank}of{world}.jsonl") if world > 1 else path
     beside = Path(f"{stem}.summary.json")
     ranked = re.compile(re.escape(Path(stem).name) + r"\.rank\d+of\d+\.jsonl")
@@ -708,18 +708,18 @@ def resume(cfg, settings, ids, rank, world):
         begun = json.loads(beside.read_text())["config"] if lines else settings
         for key, value in settings.items():
             need(begun.get(key) == value, f"begun with {key} = {begun.get(key)!r}, not {value!r}")
-        for line in lines:
-            if line.endswith(b"\n"):  # the last may be torn
-                row = DECODER.decode(line.decode())
-                right = row.keys() >= set(vars(Result(""))) and row["id"] in ids
-                need(right, "its rows are not those of this run")
-                rows[row["id"]] = row
+        whole = [
+            DECODER.decode(line.decode()) for line in lines if line.endswith(b"\n")
+        ]  # not torn
+        rows = {row["id"]: row for row in whole}
+        need(rows.keys() <= set(ids), "its rows are not those of this run")
+        summarise([*rows.values()])  # refuses a row that is none
         save(own, map(dumps, rows.values()))
         save(beside, [json.dumps({"config": settings})])
         for file in (set(files) - {own}) if world == 1 else ():
             file.unlink()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise InputError(f"--output {path}: {e}; take another name, or the same settings") from e
+        raise InputError(f"--output {path}: no output of this run: {e}; take another name") from e
     return own, beside, rows
 
 
@@ -732,7 +732,7 @@ def run(cfg):
     need(cfg.trace in ("", *samples), f"--trace {cfg.trace}: {cfg.data} has no sample of this id")
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
     pairs = read_jsonl(cfg.pairs, lambda r: list(r.get("pairs") or [])) if cfg.pairs else {}
-    right = not pairs or pairs.keys() & set(ids) and not cfg.teacher
+    right = not pairs or any(map(pairs.get, ids)) and not cfg.teacher
     need(right, f"--pairs {cfg.pairs}: no pairs for any sample, or a --teacher beside them")
     model, tok = load(cfg.model, cfg)
     teacher = load(cfg.teacher, cfg) if cfg.teacher else None
@@ -754,8 +754,10 @@ def run(cfg):
     finally:  # the table so far, whatever ends the run
         summary = summarise([rows[i] for i in ids if i in rows])
         if cfg.trace in rows:  # the label, and the scores by it, come last
-            prompt = tok.decode(prepare(model, tok, samples[cfg.trace], cfg).ids)
-            story = {"prompt": prompt} | rows[cfg.trace] | {"label": samples[cfg.trace].get("call")}
+            story = {"prompt": "it does not fit"}
+            with suppress(InputError):
+                story["prompt"] = tok.decode(prepare(model, tok, samples[cfg.trace], cfg).ids)
+            story |= rows[cfg.trace] | {"label": samples[cfg.trace].get("call")}
             for key, part in story.items():
                 print(f"\n-- {key}", *(part if isinstance(part, list) else [part]), sep="\n  ")
         elif world == 1:
