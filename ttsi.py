@@ -365,7 +365,7 @@ def logprob(spans, prefix):
 
 @torch.no_grad()
 def write(tok, ids, prefix, cfg, uniform=None):
-    """-> [greedy text, up to an end, a call or a pair]; or R texts, by uniform (R, tokens)'s draws."""
+    """-> [greedy text, up to an end, a call or a pair]; or R texts, drawn by uniform (R, tokens)."""
     ends = prefix.model.generation_config.eos_token_id  # alone of that file: no penalties
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     prefix = prefix.shared_by([ids[:-1]])
@@ -643,9 +643,8 @@ def summarise(rows):
     if labelled:
         summary["always first"] = {"name": 100 * fmean(scores["first"] for scores in labelled)}
         for label, side in (("direct", "direct"), ("TT-SI", "answer")):
-            summary[label] = {
-                k: 100 * fmean(s[side][k] for s in labelled) for k in ("name", "call")
-            }
+            grades = [scores[side] for scores in labelled]
+            summary[label] = {kind: 100 * fmean(g[kind] for g in grades) for kind in grades[0]}
         change = [scores["answer"]["call"] - scores["direct"]["call"] for scores in labelled]
         low, high = interval(change)
         points = {"call": 100 * fmean(change), "95 % from": 100 * low, "to": 100 * high}
