@@ -171,7 +171,6 @@ def margin(logp):
 
 
 # ------------------------------------------------------------------------------ G: self-data
-
 # FORK HERE: another generation prompt; `parse` and `judge` read what it asks for.
 DRAFT = (
     "Write a DIFFERENT request of the same kind as the one below, for any of the tools, and its"
@@ -365,7 +364,7 @@ def logprob(spans, prefix):
 
 @torch.no_grad()
 def write(tok, ids, prefix, cfg, uniform=None):
-    """-> [greedy text, up to an end, a call or a pair]; or R texts, drawn by uniform (R, tokens)."""
+    """-> [greedy text, up to an end, a call or a pair]; or R texts drawn by uniform (R, tokens)."""
     ends = prefix.model.generation_config.eos_token_id  # alone of that file: no penalties
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     prefix = prefix.shared_by([ids[:-1]])
@@ -393,7 +392,6 @@ def write(tok, ids, prefix, cfg, uniform=None):
 
 
 # ------------------------------------------------------------------------ prompts and tokens
-
 SYSTEM = (
     'Answer the request with one tool call, a JSON object {"name": ..., "arguments": {...}} and'
     " nothing else. Tools:\n"
