@@ -874,7 +874,9 @@ PARSED += [('{"a":' * 99999, None), ("[" * 99999, None)]
 
 @pytest.mark.parametrize("text,value", PARSED, ids=range(len(PARSED)))
 def test_parse(text, value):
-    assert ttsi.parse(text) == value, "text, and braces in it, are passed over; open ones are not"
+    assert ttsi.parse(text) == value, "text, and braces in it, are passed over"
+    open_ = f'{{ }} a {{"call": {json.dumps(F | {"x": [-1.5e3, True, None, "é"]})}, "request": "q"'
+    assert not any(map(ttsi.parse, itertools.accumulate(open_))), "an open one is searched inside"
 
 
 OUTPUT = [*(text for text, _ in PARSED), "null", "\0\x1b\u2028\ufffd", json.dumps(B)]
@@ -1041,7 +1043,6 @@ def test_flags(capsys):
     assert not missing, "a field is no flag"
 
 
-# ------------------------------------------------------------------------------------------- runs
 def test_output_resumes_after_any_cut_and_refuses_other_settings(loaded, tmp_path):
     path = tmp_path / "new" / "run.jsonl"
     summary, _ = quiet(*SHORT, "--output", path)
@@ -1375,7 +1376,6 @@ def test_a_model_brings_weights_in_safetensors_and_no_code(tok, tmp_path):
         assert "\n" not in str(e.value) and not (tmp_path / "hacked").exists(), "its code was run"
 
 
-# ------------------------------------------------------------------------------------ the project
 def test_imports_and_layout():
     source = (HERE / "ttsi.py").read_text()
     found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import | ast.ImportFrom)]

@@ -150,14 +150,16 @@ STAGES = ("prefill", "score", "generate", "train", "answer")
 TOLD = ("decision", "answer", "direct", "scores", "drafts", "pairs", "loss", "margin")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """The embedded model on six samples of the demo; runs are shared by the tests."""
     args = {"model": ttsi.Config.model, "data": str(HERE / "demo.jsonl"), "limit": 6}
     args |= {"flags": "", "quick": True, "teacher": str(HERE / "teacher")}
     lab = experiments.Lab(argparse.Namespace(**args))
-    lab.runs = tmp_path_factory.mktemp("runs")
-    return lab
+    lab.runs, threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
+    torch.set_num_threads(1)  # products are small; on a busy machine two threads take much longer
+    yield lab
+    torch.set_num_threads(threads)
 
 
 def other(lab, **changes):
@@ -885,8 +887,7 @@ def test_the_bench_notices_a_stage_that_was_left_out(monkeypatch):
 def test_ratios_of_the_bench_by_hand():
     four = bench.over([2, 4, 8, 6], [1, 1, 2, 2])  # ratios 2, 3, 4, 4
     assert four == (5 / 1.5, 3, 3.5, 4), "four rounds: median over median, then quartiles"
-    three = bench.over([1, 2, 9], [1, 1, 1])
-    assert three == (2, 1, 2, 9), "three rounds: all of them"
+    assert bench.over([1, 2, 9], [1, 1, 1]) == (2, 1, 2, 9), "three rounds: all of them"
 
 
 def test_what_is_computed_for_real_models_stands_in_the_readme(capsys):
