@@ -738,8 +738,9 @@ def run(cfg):
     settings["teacher"] = fingerprint(*teacher) if teacher else ""
     settings["data"] = hashlib.sha256(dumps([samples, pairs]).encode()).hexdigest()[:16]
     own, beside, rows = resume(cfg, settings, ids, rank, world) if cfg.output else ("", "", {})
-    print(f"{len(ids)} samples of {cfg.data}; {cfg.model}, {model.dtype} on {model.device}:")
-    print(f"{model.num_parameters():,} parameters, LoRA on {len(linear_layers(model))} layers\n")
+    layers = f"LoRA on {len(linear_layers(model))} linear layers"
+    print(f"{len(ids)} samples of {os.path.relpath(cfg.data)}; {os.path.relpath(cfg.model)}:")
+    print(f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}, {layers}\n")
     try:
         for i in tqdm(ids[rank::world], unit="sample", disable=bool(cfg.trace or rank)):
             if i not in rows:
