@@ -529,7 +529,6 @@ def test_a_token_that_merges_across_the_end_of_the_tools(request_, texts, adapt)
     assert (x.ids[x.head] in tok("}/").input_ids) == (request_[0] == "/"), "nor is the prompt"
 
 
-# --------------------------------------------------------------------------- T: LoRA and training
 def test_a_hooked_layer_is_w_plus_s_b_a(llama):
     cfg, x = config(lora_rank=3, lora_alpha=5.0), torch.randn(2, 6, 32)
     layer = llama.model.layers[0].self_attn.q_proj
@@ -730,8 +729,11 @@ def not_answered(model, tok, text):
     return bad["decision"]
 
 
-def test_a_prompt_beyond_the_context_is_named_and_its_neighbours_are_answered(llama, tok):
+def test_a_prompt_beyond_the_context_is_named_and_its_neighbours_are_answered(llama, tok, tmp_path):
     assert "exceed the context" in not_answered(llama, tok, "word " * 2000)
+    long = saved(llama, templated(tok, "word " * 2000 + ALL), tmp_path)
+    with pytest.raises(ttsi.InputError, match="exceed the context"):
+        ttsi.load(long, ttsi.Config())
 
 
 def test_a_request_that_the_template_refuses_is_named_and_its_neighbours_are_answered(llama, tok):
@@ -860,7 +862,6 @@ def test_an_accelerator_is_used_where_there_is_one_and_local_rank_names_which(mo
         device("auto")
 
 
-# ------------------------------------------------------------------- what the model writes is data
 B = PAIRS["b"][0]
 PARSED = [("Sure! " + json.dumps(F) + " and {", F), ("use {x} then " + json.dumps(F), F)]
 PARSED += [("{} " + json.dumps(F), F), ("of {this} kind: " + json.dumps(B) + "}", B)]
@@ -1405,8 +1406,7 @@ def test_splits_are_disjoint():
     splits = [read(HERE / f"data/{split}.jsonl") for split in ("dev", "demo", "test")]
     assert [len(rows) for rows in splits] == [200, 100, 500]
     tools = [{t["function"]["name"] for row in rows for t in row["tools"]} for rows in splits]
-    for a, b in itertools.combinations(tools, 2):
-        assert not a & b, "a tool is in two splits"
+    assert not any(a & b for a, b in itertools.combinations(tools, 2)), "a tool is in two"
 
 
 def test_readme_commands_and_example():

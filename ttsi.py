@@ -664,7 +664,7 @@ def load(name, cfg):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         need(not info["missing_keys"], f"weights are missing: {sorted(info['missing_keys'])}")
         model = model.to(device).eval().requires_grad_(False)
-        ids, _ = encode(tok, *render(tok, "tools", "request"))
+        ids, _ = read_prompt(model, tok, "tools", "request", Config(max_new_tokens=1))
         write(tok, [*ids, tok.vocab_size - 1], Prefix(model, []), Config(max_new_tokens=1))
     except Exception as e:  # whatever goes wrong in there is about this model or device
         why = f"cannot be loaded on {device}: {' '.join(str(e).split())[:200]}"
