@@ -36,6 +36,7 @@ import ttsi
 
 HERE = Path(__file__).resolve().parent
 SHARED, DEMO = HERE.parent / "shared", HERE / "data/demo.jsonl"
+torch.set_num_threads(1)  # for models as small as these more would wait for one another
 SLOW = bool(os.environ.get("SLOW"))
 slow = pytest.mark.skipif(not SLOW, reason="long; runs with SLOW=1")
 
@@ -311,7 +312,6 @@ def timeless(rows):
 
 
 def program(folder, argv, first):
-    torch.set_num_threads(1)
     for name, fd in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     sys.argv = ["ttsi.py", *argv]
