@@ -251,8 +251,11 @@ def closest(drafts, request):
     pairs = [draft["pair"] for draft in drafts if draft["pair"]]
     found = Counter(word for pair in pairs for word in set(words(pair["request"])))
     weight = {w: math.log((len(pairs) + 1) / (found[w] + 1)) for w in words(request)}
-    overlap = [sum(v for w, v in weight.items() if w in words(p["request"])) for p in pairs]
-    return [pairs[i] for i in sorted(range(len(pairs)), key=lambda i: -overlap[i])]  # ties in order
+
+    def overlap(pair):
+        return sum(v for word, v in weight.items() if word in words(pair["request"]))
+
+    return sorted(pairs, key=overlap, reverse=True)  # stable: ties stay in order
 
 
 # ----------------------------------------------------------------------- T: self-improvement
@@ -298,15 +301,16 @@ def train(spans, frozen, lora, cfg):
         lr = cfg.lr * (1 + math.cos(math.pi * step / cfg.epochs)) / 2
         loss = -(logprob(spans, frozen) / lengths).mean()
         gradients = torch.autograd.grad(loss, lora, allow_unused=True, materialize_grads=True)
-        norm = torch.nn.utils.get_total_norm(gradients).clamp(min=1e-12)  # over all parameters
-        with torch.no_grad():
-            for p, g in zip(lora, gradients, strict=True):  # FORK HERE: another update rule
-                p.grad = g
-                if cfg.optimizer == "sgd":
-                    p -= lr * g / norm
         if cfg.optimizer == "adamw":
+            for p, g in zip(lora, gradients, strict=True):
+                p.grad = g
             adamw.param_groups[0]["lr"] = lr
             adamw.step()
+        else:  # FORK HERE: another update rule
+            norm = torch.nn.utils.get_total_norm(gradients).clamp(min=1e-12)  # of all parameters
+            with torch.no_grad():
+                for p, g in zip(lora, gradients, strict=True):
+                    p -= lr * g / norm
         losses.append(loss.item())
     return losses
 
@@ -396,7 +400,7 @@ SYSTEM = (
     'Answer the request with one tool call, a JSON object {"name": ..., "arguments": {...}} and'
     " nothing else. Tools:\n"
 )
-PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n\n{% endfor %}"  # no template
+PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n\n{% endfor %}Answer:\n"
 RENDER = {"tokenize": False, "add_generation_prompt": True}
 RENDER |= {"enable_thinking": False, "date_string": "01 January 2026"}
 
@@ -509,7 +513,7 @@ def parse(text):
             if "name" in value or value.keys() >= {"call", "request"}:
                 return sound(value)
         except json.JSONDecodeError as e:
-            if e.msg.startswith("Unterminated") or re.fullmatch(r"[\w.+-]*\s*", text[e.pos :]):
+            if e.msg.startswith("Unterminated") or re.compile(r"[\w.+-]*\s*\Z").match(text, e.pos):
                 return None  # it is still open
         except (ValueError, RecursionError):
             return None
@@ -624,12 +628,10 @@ def summarise(rows):
     labelled = [row["scores"] for row in rows if "scores" in row]
     single = sum(len(row["logp"]) == 1 for row in rows)
     summary = {"samples": {"all": len(rows), "labelled": len(labelled), "with one tool": single}}
-    named = [
-        row["id"] + ": " if "not" in row["decision"] else "" for row in rows
-    ]  # what went wrong
-    summary["decisions"] = dict(
-        Counter(i + r["decision"] for i, r in zip(named, rows, strict=True))
-    )
+    told = [
+        f"{r['id']}: {r['decision']}" if "not" in r["decision"] else r["decision"] for r in rows
+    ]
+    summary["decisions"] = dict(Counter(told))  # what went wrong stands beside its sample
     summary["drafts"] = dict(Counter(d["verdict"] for row in rows for d in row["drafts"]))
     stages = ("prefill", "score", "generate", "train", "answer")
     costs = [row["cost"] for row in rows if row["cost"]] or [{}]
@@ -705,10 +707,8 @@ def resume(cfg, settings, ids, rank, world):
         begun = json.loads(beside.read_text())["config"] if lines else settings
         for key, value in settings.items():
             need(begun.get(key) == value, f"begun with {key} = {begun.get(key)!r}, not {value!r}")
-        whole = [
-            DECODER.decode(line.decode()) for line in lines if line.endswith(b"\n")
-        ]  # not torn
-        rows = {row["id"]: row for row in whole}
+        whole = [DECODER.decode(line.decode()) for line in lines if line.endswith(b"\n")]
+        rows = {row["id"]: row for row in whole}  # a line that is torn is none
         need(rows.keys() <= set(ids), "its rows are not those of this run")
         summarise([*rows.values()])  # refuses a row that is none
         save(own, map(dumps, rows.values()))
