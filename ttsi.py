@@ -400,7 +400,7 @@ SYSTEM = (
     'Answer the request with one tool call, a JSON object {"name": ..., "arguments": {...}} and'
     " nothing else. Tools:\n"
 )
-PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n\n{% endfor %}Answer:\n"
+PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n\n{% endfor %}Answer:"
 RENDER = {"tokenize": False, "add_generation_prompt": True}
 RENDER |= {"enable_thinking": False, "date_string": "01 January 2026"}
 

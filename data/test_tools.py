@@ -732,7 +732,7 @@ def test_pairs_are_shown_by_any_template(tok, kind):
     pair = {"request": "r1", "call": {"name": "f", "arguments": {}}}
     text = tok.decode(experiments.with_pairs(tok, x, [pair]))
     shown = json.dumps(pair["call"])
-    want = want.format(shown) or f"S\n\nr1\n\n{shown}\n\nr\n\nAnswer:\n"
+    want = want.format(shown) or f"S\n\nr1\n\n{shown}\n\nr\n\nAnswer:"
     assert text == want, f"{kind}: the turns are told otherwise"
 
 
