@@ -33,6 +33,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from datetime import date
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -63,6 +64,9 @@ class Config:
     device: str = flag("auto", "a torch device; auto: cuda, else mps, else cpu")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "auto: on a cpu float32"
+    )
+    prompt: Literal["auto", "native", "ours"] = flag(
+        "auto", "tools as the chat template shows them (native), or as text (ours); auto: if it can"
     )
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
     tau: float = flag(0.95, "adapt where the margin is below it; 2: always, 0: never [paper]")
@@ -104,7 +108,7 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
     result = Result(sample["id"])
     stage = functools.partial(measured, result.cost)
     try:
-        x = prepare(model, tok, sample, cfg)
+        x = prepare(tok, sample, cfg)
     except InputError as e:  # beyond the context, or refused by the chat template
         result.decision = f"not answered: {e}"
         return result
@@ -130,8 +134,9 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
     if not result.pairs:
         return by_base("no pair")
     spans = [pair_span(x, pair) for pair in result.pairs]
-    frozen = after_tools if cfg.adapt == "suffix" else Prefix(model, [])
-    frozen = frozen.shared_by([ids for ids, _ in spans])  # the LoRA acts behind it
+    head = x.ids[: x.head if cfg.adapt == "suffix" else 0]
+    shared = os.path.commonprefix([head, *(ids for ids, _ in spans)])  # tokens may merge at its end
+    frozen = Prefix(model, shared, after_tools)  # the LoRA acts behind it
     with temporary_lora(model, cfg, draw(cfg.seed, x.id, "adapter")) as lora:
         with stage("train", model):  # T: theta' = theta + LoRA, trained on (x', y')
             result.loss = train(spans, frozen, lora, cfg)
@@ -187,26 +192,34 @@ def generate(model, tok, x, after_tools, cfg, supplied=None):
     if supplied is not None:
         return drafts
     try:
-        ids, _ = read_prompt(model, tok, x.system, DRAFT + x.request, cfg)
+        ids = read_prompt(tok, cfg, x.tools, [*x.own, turn("user", DRAFT + x.request)])
     except InputError as e:
         return [{"text": "", "verdict": str(e), "pair": None}]
     asked = Prefix(model, ids[:-1], after_tools)
-    while len(drafts) < cfg.attempts * cfg.drafts and sum(bool(d["pair"]) for d in drafts) < cfg.k:
+    kept = 0
+    while kept < cfg.k and len(drafts) < cfg.attempts * cfg.drafts:
         draws = [draw(cfg.seed, x.id, "draft", len(drafts) + i) for i in range(cfg.drafts)]
         uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=g) for g in draws])
         for text in write(tok, ids, asked, cfg, uniform):
             drafts.append(judge(text, drafts, x, cfg))
+            kept += drafts[-1]["verdict"] == "kept"
     return drafts
+
+
+BEHIND = "a value is not in the request"  # it may be written otherwise there: the last to be used
 
 
 def judge(text, before, x, cfg):
     """-> a draft {text, verdict, pair or None}; `before` are the drafts before it."""
-    verdict, pair = "no JSON object with a request and a call", parse(text) or {}
-    request, call = pair.get("request"), to_call(pair.get("call"))
-    if isinstance(request, str) and request.strip() and call:
+    draft = {"text": text, "verdict": "no JSON object with a request and a call", "pair": None}
+    value, behind = parse(text)
+    request, call = value.get("request"), to_call(value.get("call"))
+    if isinstance(request, str) and request.strip() and call and not behind:
         pair = {"request": request.strip(), "call": call}
-        verdict = fault(pair, before, x, cfg)
-    return {"text": text, "verdict": verdict or "kept", "pair": None if verdict else pair}
+        draft["verdict"] = fault(pair, before, x, cfg) or "kept"
+        if draft["verdict"] in ("kept", BEHIND):
+            draft["pair"] = pair
+    return draft
 
 
 # FORK HERE: checks of your own. They see the request, the tools and earlier drafts, never a label.
@@ -217,53 +230,70 @@ def fault(pair, before, x, cfg):
         pair_span(x, pair)
     except InputError as e:  # the chat template refuses it, or it exceeds the context
         return str(e)
-    tool = next((tool for tool in x.tools if tool["name"] == pair["call"]["name"]), {})
-    schema = tool.get("parameters") or {}
-    rules = schema.get("properties") or {}
-    used = [(value, rules[key]) for key, value in arguments.items() if key in rules]
-    types = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
-    types |= {"array": [list], "object": [dict]}
-    typed = [(type(value), types.get(str(rule.get("type")))) for value, rule in used]
-    chosen = [(value, rule["enum"]) for value, rule in used if isinstance(rule.get("enum"), list)]
+    rules, required, complete = schema_of(x.tools, pair["call"]["name"])
+    free = [key for key in arguments if "enum" not in rules.get(key, {})]
+    free = [arguments[key] for key in free if isinstance(arguments[key], str)]
+    typed = [fits(value, rules[key]) for key, value in arguments.items() if key in rules]
     earlier = [words(draft["pair"]["request"]) for draft in before if draft["pair"]]
-    quoted = [value.casefold() for value in arguments.values() if isinstance(value, str)]
+    said = f" {' '.join(words(request))} "
+    turns = [f" {' '.join(words(text))} " for text in x.asked]
     faults = {
-        "tool not on offer": not tool,
-        "required argument missing": not set(schema.get("required") or []) <= set(arguments),
-        "unknown argument": len(used) < len(arguments),
-        "wrong type": any(allowed and kind not in allowed for kind, allowed in typed),
-        "value not in enum": any(value not in enum for value, enum in chosen),
-        "value not in the request": any(value not in request.casefold() for value in quoted),
-        "copy of the request": words(request) == words(x.request),
+        "tool not on offer": pair["call"]["name"] not in [tool["name"] for tool in x.tools],
+        "required argument missing": not required <= arguments.keys(),
+        "unknown argument": complete and not arguments.keys() <= rules.keys(),
+        "wrong type or not in enum": not all(typed),
+        "copy of the request": any(t == said or (len(t) > 20 and t in said) for t in turns),
         "written before": words(request) in earlier,
+        BEHIND: any(text.strip().casefold() not in request.casefold() for text in free),
     }
     if not cfg.check:  # --pairs may hold x, and its label
         faults = {"copy of the request": faults["copy of the request"]}
     return next((name for name, found in faults.items() if found), "")
 
 
+TYPES = {"string": '".*"', "integer": r'"[-+]?\d+"', "number": r'"[-+]?[\d.]+(e[-+]?\d+)?"'}
+TYPES |= {"boolean": '"(true|false)"', "null": '"null"', "object": r"\{.*", "array": r"\[.*"}
+
+
+def fits(value, rule):
+    """Is a value of a type, and in the enum, that its rule names? As for `grade`, 5 is "5"."""
+    value, kinds, enum = canonical(value), rule.get("type"), rule.get("enum")
+    if isinstance(value, str) and isinstance(enum, list):
+        return value.casefold() in [str(canonical(v)).casefold() for v in enum]
+    wanted = [
+        TYPES.get(str(kind), ".*") for kind in (kinds if isinstance(kinds, list) else [kinds])
+    ]
+    return any(re.fullmatch(kind, dumps(value), re.S) for kind in wanted)
+
+
+# In scripts without blanks (Thai to Khmer, kana, Han) each character is a word.
+BLANKLESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{BLANKLESS}]|[^\W{BLANKLESS}]+")
+
+
 def words(text):
-    return re.findall(r"\w+", text.casefold())
+    return WORD.findall(text.casefold())
 
 
 def closest(drafts, request):
-    """-> the pairs that passed, those first that share most words with x; rare ones weigh more."""
-    pairs = [draft["pair"] for draft in drafts if draft["pair"]]
-    found = Counter(word for pair in pairs for word in set(words(pair["request"])))
-    weight = {w: math.log((len(pairs) + 1) / (found[w] + 1)) for w in words(request)}
+    """-> the pairs that passed: first what was kept, then what shares most words with x, rare
+    ones weighing more."""
+    passed = [draft for draft in drafts if draft["pair"]]
+    found = Counter(word for draft in passed for word in set(words(draft["pair"]["request"])))
+    weight = {w: math.log((len(passed) + 1) / (found[w] + 1)) for w in words(request)}
 
-    def overlap(pair):
-        return sum(v for word, v in weight.items() if word in words(pair["request"]))
+    def rank(draft):
+        here = words(draft["pair"]["request"])
+        return draft["verdict"] == "kept", sum(v for word, v in weight.items() if word in here)
 
-    return sorted(pairs, key=overlap, reverse=True)  # stable: ties stay in order
+    return [draft["pair"] for draft in sorted(passed, key=rank, reverse=True)]  # stable
 
 
 # ----------------------------------------------------------------------- T: self-improvement
 def linear_layers(model):
-    """All linear layers but the head; GPT-2's Conv1D is one."""
+    """All of the text decoder, so neither the head nor a vision tower; GPT-2's Conv1D is one."""
     kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-    head = model.get_output_embeddings()
-    return [m for m in model.modules() if isinstance(m, kinds) and m is not head]
+    return [m for m in model.get_decoder().modules() if isinstance(m, kinds)]
 
 
 @contextmanager  # FORK HERE: another adapter
@@ -282,6 +312,8 @@ def temporary_lora(model, cfg, generator):
             B = torch.zeros(r, W.shape[1], device=model.device, requires_grad=True)  # (r, d_out)
 
             def add(layer, inputs, y, A=A, B=B):  # inputs[0] (R, T, d_in), y (R, T, d_out)
+                if isinstance(y, tuple):  # a router
+                    return y
                 return (y + cfg.lora_alpha / r * (inputs[0].float() @ A @ B)).to(y.dtype)
 
             hooks.append(layer.register_forward_hook(add))
@@ -342,11 +374,6 @@ class Prefix:
         ids = new.to(self.model.device)
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=keep).logits
 
-    def shared_by(self, rows):
-        """-> itself, or, if a token merged across its end, the shorter one that all rows share."""
-        ids = os.path.commonprefix([self.ids, *rows])  # of any lists
-        return self if ids == self.ids else Prefix(self.model, ids)
-
 
 def logprob(spans, prefix):
     """-> (R,) log P of each of R spans, in nats.
@@ -354,7 +381,6 @@ def logprob(spans, prefix):
     tokens   t0    t1    t2    t3      the logits at one position
     logits   '---> '---> '---> '       predict the token at the next
     """
-    prefix = prefix.shared_by([ids[: begin - 1] for ids, begin in spans])  # begin - 1 predicts it
     n = len(prefix.ids)
     rows = pad_sequence([torch.tensor(ids[n:]) for ids, _ in spans], batch_first=True)  # (R, T)
     labels = torch.full_like(rows, -100)  # what is -100 gives no loss
@@ -371,7 +397,6 @@ def write(tok, ids, prefix, cfg, uniform=None):
     """-> [greedy text, up to an end, a call or a pair]; or R texts drawn by uniform (R, tokens)."""
     ends = prefix.model.generation_config.eos_token_id  # alone of that file: no penalties
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    prefix = prefix.shared_by([ids[:-1]])
     n = 1 if uniform is None else len(uniform)
     cache, new = prefix.copy(n), torch.tensor([ids[len(prefix.ids) :]] * n)  # (R, T), then (R, 1)
     written, texts = [[] for _ in range(n)], [None] * n
@@ -388,7 +413,8 @@ def write(tok, ids, prefix, cfg, uniform=None):
                 if token not in ends:
                     written[row].append(token)
                 text = tok.decode(written[row], skip_special_tokens=True)
-                if token in ends or step == cfg.max_new_tokens - 1 or parse(text) is not None:
+                done = bool(parse(text)[0]) or (uniform is not None and hopeless(text))
+                if token in ends or step == cfg.max_new_tokens - 1 or done:
                     texts[row] = text
         if None not in texts:
             break
@@ -401,32 +427,40 @@ SYSTEM = (
     " nothing else. Tools:\n"
 )
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n\n{% endfor %}Answer:"
-RENDER = {"tokenize": False, "add_generation_prompt": True}
-RENDER |= {"enable_thinking": False, "date_string": "01 January 2026"}
+RENDER = {"tokenize": False, "enable_thinking": False, "date_string": "01 January 2026"}
+RENDER |= {"strftime_now": date(2026, 1, 1).strftime}  # a run tomorrow has the same prompts
+PROBE = {"name": "look_up", "parameters": {"type": "object", "properties": {"word": {}}}}
 
 
-def prepare(model, tok, sample, cfg):
+def turn(role, content, **more):
+    return {"role": role, "content": content} | more
+
+
+def prepare(tok, sample, cfg):
     """What Algorithm 1 may see of a sample; InputError: template or context cannot take it."""
-    tools = sample["tools"]
+    tools, messages = sample["tools"], sample["messages"]
     if cfg.shuffle:  # by seed and names alone
         tools = sorted(tools, key=lambda tool: tool["name"])
         g = draw(cfg.seed, "order", [tool["name"] for tool in tools])
         tools = [tools[i] for i in torch.randperm(len(tools), generator=g)]
-    x = SimpleNamespace(id=sample["id"], tools=tools, tok=tok, context=context(model))
-    x.system = SYSTEM + "\n".join(dumps(tool) for tool in tools)
-    x.request = user_text(sample["messages"])  # a dialogue is a transcript
-    x.ids, x.head = read_prompt(model, tok, x.system, x.request, cfg)
+    x = SimpleNamespace(id=sample["id"], tools=tools, tok=tok, cfg=cfg)
+    x.own = [m for m in messages if m["role"] == "system"]  # it stands before a pair, too
+    x.request = user_text([m for m in messages if m["role"] != "system"])
+    x.asked = [m["content"] for m in messages if m["role"] == "user"]
+    x.ids = read_prompt(tok, cfg, tools, messages)
+    another = read_prompt(tok, cfg, tools, [*x.own, turn("user", "-")])
+    x.head = len(os.path.commonprefix([x.ids[:-1], another]))  # the tools, where they come first
+    prompt, zero = render(tok, cfg, tools, messages, {"name": "0", "arguments": {}})
+    _, one = render(tok, cfg, tools, messages, {"name": "1", "arguments": {}})
+    opening = os.path.commonprefix([zero, one])
     x.candidates = []  # N spans: each name and its closing quote, as tokenised in a whole answer
-    before = render(tok, x.system, x.request)[0] + '{"name": "'
     for tool in tools:
-        text = before + dumps(tool["name"])[1:]
-        ids, quote, begin = encode(tok, text + ', "arguments"', len(text) - 1, len(before))
+        text = opening + dumps(tool["name"])[1:-1]
+        ids, ends = encode(tok, prompt, text + zero[len(opening) + 1 :])
+        begin = sum(end <= len(prompt + opening) for end in ends)
+        quote = sum(end <= len(prompt + text) for end in ends)
         x.candidates.append((ids[: quote + 1], begin))
     return x
-
-
-def context(model):
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def draw(*key):
@@ -439,48 +473,88 @@ def user_text(messages):
     """The request; a dialogue becomes a transcript, earlier calls and results included."""
     turns = []
     for message in messages:
-        if text := (message.get("content") or "").strip():
+        if text := message["content"].strip():
             turns.append(f"{message['role']}: {text}" if len(messages) > 1 else text)
-        for call in message.get("tool_calls") or []:
-            turns.append(f"call: {dumps(call.get('function', call))}")
+        for call in message.get("tool_calls", []):
+            turns.append(f"call: {dumps(call['function'])}")
     return "\n".join(turns)
 
 
-def render(tok, system, user):
-    """-> (prompt by the chat template, where its system text ends)."""
-    template = None if tok.chat_template else PLAIN
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    for messages in (turns, [{"role": "user", "content": f"{system}\n\n{user}"}]):
+@functools.cache
+def takes_tools(tok):
+    """Does the chat template show tools, and a call as what continues the prompt, to be parsed?"""
+    call, native = {"name": "look_up", "arguments": {"word": "tide"}}, Config(prompt="native")
+    with suppress(InputError):
+        _, rest = render(tok, native, [PROBE], [turn("user", "What is a tide?")], call)
+        return to_call(parse(rest)[0]) == call
+    return False
+
+
+def render(tok, cfg, tools, messages, call=None):
+    """-> (prompt by the chat template, what continues it with a call). Its own form of tools and
+    calls (native), or ours: tools and request as text. A system turn may have to be folded."""
+    native = cfg.prompt == "native" or (cfg.prompt == "auto" and takes_tools(tok))
+    how = RENDER | {"chat_template": None if tok.chat_template else PLAIN}
+    if native:
+        how["tools"] = [{"type": "function", "function": tool} for tool in tools]
+    else:
+        system = SYSTEM + "\n".join(dumps(tool) for tool in tools)
+        messages = [turn("system", system), turn("user", user_text(messages))]
+    first, *others = messages
+    forms = [messages]
+    if first["role"] == "system" and others:
+        folded = f"{first['content']}\n\n{others[0]['content']}"
+        forms.append([others[0] | {"content": folded}, *others[1:]])
+    shown = [tool["name"] for tool in tools]
+    shown += [message["content"] for message in messages if message["role"] in ("system", "user")]
+    called = {"id": "000000000", "type": "function", "function": call}  # some want a long id
+    why = "it does not show tools and request"
+    for form in forms:
         try:
-            text = tok.apply_chat_template(messages, chat_template=template, **RENDER)
+            prompt = tok.apply_chat_template(form, add_generation_prompt=True, **how)
+            whole = prompt + dumps(call)
+            if native and call:
+                answer = turn("assistant", "", tool_calls=[called])
+                whole = tok.apply_chat_template([*form, answer], **how)
         except Exception as e:  # jinja2's own: some templates raise on a system role
-            text = str(e)
-        end = text.find(system) + len(system)
-        if system in text and user in text[end:]:  # others drop it silently
-            return text, end
-    raise InputError(f"the chat template does not hold tools and request: {text[:80]}")
+            why = " ".join(str(e).split())[:80]
+            continue
+        seen = "".join(prompt.split())  # some strip or collapse blanks
+        if all("".join(text.split()) in seen for text in shown) and whole.startswith(prompt):
+            return prompt, whole.removeprefix(prompt)
+    raise InputError(f"the chat template cannot take this: {why}")
 
 
-def encode(tok, text, *places):
-    """-> (token ids, n, ...): for each character position, n tokens end there or before."""
-    out = tok(text, add_special_tokens=False, return_offsets_mapping=True)
-    return out.input_ids, *(sum(end <= at for _, end in out.offset_mapping) for at in places)
+def encode(tok, prompt, rest=""):
+    """-> (token ids, where each ends in prompt + rest), as decoding could set them: the prompt's
+    own tokens first, even where its last character would merge with what follows."""
+    out = tok(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    ids, ends = out.input_ids, [end for _, end in out.offset_mapping]
+    if not rest:
+        return ids, ends
+    whole = encode(tok, prompt + rest)
+    if whole[0][: len(ids)] == ids:
+        return whole
+    more, places = encode(tok, "0" + rest)  # behind nothing, some tokenizers write a blank
+    n = sum(end <= 1 for end in places)
+    return ids + more[n:], ends + [len(prompt) - 1 + end for end in places[n:]]
 
 
-def read_prompt(model, tok, system, user, cfg):
-    """-> (token ids, how many end in or before the system text) of a prompt with room to answer."""
-    ids, head = encode(tok, *render(tok, system, user))
+def read_prompt(tok, cfg, tools, messages):
+    """-> token ids of a prompt with room to answer."""
+    ids, _ = encode(tok, render(tok, cfg, tools, messages)[0])
     n = len(ids) + cfg.max_new_tokens
-    need(n <= context(model), f"prompt and answer, {n} tokens, exceed the context")
-    return ids, head
+    need(n <= tok.model_max_length, f"prompt and answer, {n} tokens, exceed the context")
+    return ids
 
 
 def pair_span(x, pair):
     """-> span of a pair's call after the prompt of its request."""
-    prompt, _ = render(x.tok, x.system, pair["request"])
-    ids, begin = encode(x.tok, prompt + dumps(pair["call"]), len(prompt))
-    need(len(ids) <= x.context, "exceeds the context")
-    return ids, begin
+    turns = [*x.own, turn("user", pair["request"])]
+    prompt, rest = render(x.tok, x.cfg, x.tools, turns, pair["call"])
+    ids, ends = encode(x.tok, prompt, rest)
+    need(len(ids) <= x.tok.model_max_length, "exceeds the context")
+    return ids, sum(end <= len(prompt) for end in ends)
 
 
 # -------------------------------------------------------------------------------------- data
@@ -493,75 +567,182 @@ def need(ok, message):
         raise InputError(message)
 
 
-DECODER = json.JSONDecoder(parse_constant=lambda name: need(False, f"{name} is not JSON"))
+def once(items):
+    """A JSON object: each key once, and null, which Arrow writes for what is absent, is absent."""
+    keys = [key for key, _ in items]
+    need(len(set(keys)) == len(keys), f"a key twice: {keys}")
+    return {key: value for key, value in items if value is not None}
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=once)
 dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
 
 
 def sound(value):
-    """A JSON value, or a ValueError: too deep, infinite (1e999), no text for a tokenizer."""
+    """A JSON value, or a ValueError: too deep, NaN, 1e999, or no text for a tokenizer."""
     canonical(value)
     dumps(value).encode()
     return value
 
 
+def decoded(value):
+    """What a string says that holds JSON; anything else as it is."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            return sound(DECODER.decode(value.strip() or "null"))
+    return value
+
+
 def parse(text):
-    """The first JSON object in a model's text that is a call or a pair, or None. Untrusted data.
-    One still open is not searched inside, or a draft would end with the call that it holds."""
+    """-> (the first JSON object in a model's text that is a call or a pair, what follows it); {}
+    is none. One still open is not searched inside, or a draft would end with its call."""
+    python = {"True": "true", "False": "false", "None": "null"}
+    skip = r'"(?:\\.|[^"\\])*"|\b(?:True|False|None)\b'  # strings stay
+    text = re.sub(skip, lambda found: python.get(found[0], found[0]), text)
     for brace in re.finditer("{", text):
-        try:
-            value, _ = DECODER.raw_decode(text, brace.start())
+        if unfinished(text, brace.start()):
+            break
+        with suppress(ValueError, RecursionError):
+            value, end = DECODER.raw_decode(text, brace.start())
             if "name" in value or value.keys() >= {"call", "request"}:
-                return sound(value)
-        except json.JSONDecodeError as e:
-            if e.msg.startswith("Unterminated") or re.compile(r"[\w.+-]*\s*\Z").match(text, e.pos):
-                return None  # it is still open
-        except (ValueError, RecursionError):
-            return None
-    return None
+                return sound(value), text[end:].strip()
+    return {}, ""
+
+
+def unfinished(text, start):
+    """Is what begins there a JSON object so far, and still open?"""
+    try:
+        DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as e:
+        rest = re.compile(r"[\w.+-]*\s*\Z").match(text, e.pos)
+        return bool(rest) or e.msg.startswith("Unterminated")
+    except RecursionError:  # so deep that none of it will be read
+        return True
+    except ValueError:
+        pass
+    return False
+
+
+def hopeless(text):
+    """Can a draft not become a pair any more? Its first brace comes soon, and opens the pair."""
+    opening = re.search(r'{\s*("\w*)?', text)
+    if not opening:
+        return len(text) > 200  # characters
+    key = opening[1] or ""
+    begins = '"call"'.startswith(key) or '"request"'.startswith(key)
+    return not begins or not unfinished(text, opening.start())
 
 
 def to_call(value):
-    """-> {name, arguments}, or None; the arguments may come as a JSON string."""
-    call = value if isinstance(value, dict) else {}
-    name, arguments = call.get("name"), call.get("arguments")
-    if isinstance(arguments, str):
-        with suppress(ValueError, RecursionError):
-            arguments = sound(DECODER.decode(arguments))
-    right = isinstance(name, str) and isinstance(arguments, dict)
-    return {"name": name, "arguments": arguments} if right else None
+    """-> {name, arguments}, or None, of what APIs and models write; arguments may be JSON text."""
+    with suppress(AttributeError):  # no object
+        call = decoded(value)
+        call = call.get("function") or call
+        given = call.get("arguments") or call.get("parameters") or call.get("input")
+        arguments = decoded(given) or {}
+        if isinstance(call.get("name"), str) and isinstance(arguments, dict):
+            return {"name": call["name"], "arguments": arguments}
+    return None
+
+
+def schema_of(tools, name):
+    """-> ({argument: rule}, required arguments, are these all that it takes?) of a tool. What a
+    JSON schema says besides is not understood, and nothing is checked by it."""
+    schema = next((tool.get("parameters") for tool in tools if tool["name"] == name), None)
+    schema = schema if isinstance(schema, dict) else {}
+    rules, required = schema.get("properties"), schema.get("required")
+    beyond = {"$ref", "allOf", "anyOf", "oneOf", "patternProperties"} & schema.keys()
+    if not isinstance(rules, dict) or beyond:
+        return {}, set(), False
+    rules = {key: rule if isinstance(rule, dict) else {} for key, rule in rules.items()}
+    required = rules.keys() & set(map(str, required if isinstance(required, list) else []))
+    return rules, required, schema.get("additionalProperties", False) is False
+
+
+def to_tool(tool, place):
+    """-> {name, parameters, ...} of what OpenAI, MCP, Anthropic or xLAM calls a tool."""
+    tool = decoded(tool)
+    tool = tool.get("function", tool) if isinstance(tool, dict) else {}
+    right = isinstance(tool, dict) and isinstance(tool.get("name"), str) and tool["name"]
+    need(right, f'{place}: no "name"; give {{"name": ..., "parameters": JSON schema}}')
+    tool = {"parameters" if k in ("inputSchema", "input_schema") else k: tool[k] for k in tool}
+    schema = decoded(tool.get("parameters"))
+    rules = schema.values() if isinstance(schema, dict) else ()
+    if rules and "properties" not in schema and all(isinstance(rule, dict) for rule in rules):
+        required = [key for key, rule in schema.items() if rule.get("required") is True]
+        schema = {"type": "object", "properties": schema, "required": required}
+    return tool if schema is None else tool | {"parameters": schema}
+
+
+def to_message(message, place):
+    """-> {role, content, ...} as chat templates take it: text, and calls with their arguments."""
+    right = isinstance(message, dict) and isinstance(message.get("role"), str)
+    need(right, f'{place} must be {{"role": ..., "content": text}}')
+    parts = message.get("content") or ""
+    parts = parts if isinstance(parts, list) else [{"text": parts}]
+    text = all(isinstance(part.get("text"), str) for part in parts)
+    need(text, f'{place}: its "content" must be text')
+    calls = decoded(message.get("tool_calls")) or []
+    calls += [message["function_call"]] if "function_call" in message else []
+    calls = [{"id": "000000000", "type": "function", "function": to_call(call)} for call in calls]
+    need(all(call["function"] for call in calls), f"{place}: a call without name or arguments")
+    message = {key: message[key] for key in message if key not in ("tool_calls", "function_call")}
+    message["content"] = "\n".join(part["text"] for part in parts)
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def calls_in(message, names):
+    """The calls that a message of the model holds, as `tool_calls` or as JSON text."""
+    calls = [call["function"] for call in message.get("tool_calls", [])]
+    value, text = parse(message["content"])
+    while value and message["role"] not in ("system", "user", "tool"):
+        calls += [call for call in [to_call(value)] if call and call["name"] in names]
+        value, text = parse(text)
+    return calls
 
 
 def to_sample(record):
     """A record (README: Your own data) -> {id, messages, tools, call?, accept?}."""
-    sample = {key: record.get(key) for key in ("id", "messages", "tools", "call", "accept")}
-    if "query" in record:
-        sample["messages"] = [{"role": "user", "content": record["query"]}]
-    right = isinstance(sample["messages"], list) and user_text(sample["messages"])
+    record = DECODER.decode(dumps(record))
+    tools = decoded(record.get("tools") or record.get("functions"))
+    right = tools and isinstance(tools, list)
+    need(right, 'no tools; give "tools": [{"name": ..., "parameters": ...}, ...]')
+    tools = [to_tool(tool, f"tools[{n}]") for n, tool in enumerate(tools)]
+    names = [tool["name"] for tool in tools]
+    need(len(set(names)) == len(names), f"a tool twice: {sorted(names)}")
+    said = decoded(record["messages"]) if "messages" in record else record.get("query", "")
+    said = [turn("user", said)] if isinstance(said, str) else said
+    messages = [to_message(message, f"messages[{n}]") for n, message in enumerate(said)]
+    labels = decoded(record.get("call") or record.get("answers") or record.get("tool_calls")) or []
+    labels = [to_call(label) for label in (labels if isinstance(labels, list) else [labels])]
+    answered = calls_in(messages[-1], names) if messages else []
+    messages = messages[:-1] if answered else messages  # it ended with its label
+    one = len(labels) < 2 and len(answered) < 2
+    need(one, "several calls as the label: one input has one call here")
+    call = next(iter(labels + answered), None)
+    need(all(other == call for other in answered), '"call" and that of the last message differ')
+    right = not labels + answered or (call and call["name"] in names)
+    need(right, f'"call" must be {{"name": ..., "arguments": {{...}}}} for one of {names}')
+    asked = [n for n, message in enumerate(messages) if message["role"] == "user"]
+    later = [c for m in messages[max(asked, default=0) :] for c in calls_in(m, names)]
+    need(not call or call not in later, "the messages hold the label; end them before it")
+    right = any(message["content"].strip() for message in messages)
     need(right, 'no request; give "messages": [{"role": "user", "content": "..."}]')
-    sample["tools"] = [tool.get("function", tool) for tool in sample["tools"] or []]
-    for tool in sample["tools"]:
-        schema = tool.get("parameters") or {}
-        rules, required = (schema.get("properties") or {}).values(), schema.get("required") or []
-        right = isinstance(tool.get("name"), str) and all(isinstance(key, str) for key in required)
-        right = right and all(isinstance(rule, dict) for rule in rules)
-        need(right, f'a tool must be {{"name": ..., "parameters": schema}}: {dumps(tool)[:80]}')
-    names = [tool["name"] for tool in sample["tools"]]
-    right = names and all(names) and len(set(names)) == len(names)
-    need(right, f'no tools, or one twice: {names}; give [{{"name": ..., "parameters": ...}}, ...]')
-    if sample["call"] is not None:
-        sample["call"] = call = to_call(sample["call"])
-        right = call and call["name"] in names
-        need(right, f'"call" must be {{"name": ..., "arguments": {{...}}}} for one of {names}')
-    right = all(isinstance(values, list) for values in (sample["accept"] or {}).values())
+    accept = record.get("accept", {})
+    right = all(isinstance(values, list) for values in accept.values())
     need(right, '"accept" must be {argument: [acceptable values]}')
-    return {key: value for key, value in sample.items() if value is not None}
+    sample = {"id": record["id"], "messages": messages, "tools": tools, "call": call}
+    return {key: value for key, value in (sample | {"accept": accept}).items() if value}
 
 
 def read_jsonl(path, convert):
-    """{id: convert(record)} of a file's lines; the first that is refused is named."""
+    """{id: convert(record)} of a file's lines, or of one JSON array; what is refused is named."""
     found, number = {}, 0
     try:
-        for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
+        text = Path(path).read_text("utf-8-sig")
+        array = text.lstrip().startswith("[")
+        lines = map(dumps, DECODER.decode(text)) if array else text.split("\n")
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 record = sound(DECODER.decode(line))
                 need(isinstance(record, dict), "this is no JSON object")
@@ -584,19 +765,22 @@ def canonical(value, levels=100):
         return [canonical(v, levels - 1) for v in value]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value.strip() if isinstance(value, str) else json.dumps(value)
+    text = value.strip() if isinstance(value, str) else json.dumps(value)
+    return text.lower() if text in ("True", "False") else text
 
 
 def grade(text, sample):
-    """-> {"name": right tool?, "call": and right arguments?}; `accept` has its say on these."""
-    answer, gold, accept = parse(text) or {}, sample["call"], sample.get("accept")
-    name, given = answer.get("name") == gold["name"], (to_call(answer) or {}).get("arguments")
-    if not name or given is None:
+    """-> {"name": right tool?, "call": and right arguments?}; `accept` allows other values."""
+    answer, gold, accept = parse(text)[0], sample["call"], sample.get("accept")
+    name, call = answer.get("name") == gold["name"], to_call(answer)
+    if not name or not call:
         return {"name": name, "call": False}
-    if accept is None:
-        return {"name": name, "call": canonical(given) == canonical(gold["arguments"])}
-    right = all(canonical(v) in canonical(accept.get(k, [])) for k, v in given.items())
-    return {"name": name, "call": right and all(k in given or "" in accept[k] for k in accept)}
+    given = canonical(call["arguments"])
+    right = given == canonical(gold["arguments"])
+    if accept and not right:
+        right = all(value in canonical(accept.get(key, [])) for key, value in given.items())
+        right = right and all(key in given or "" in accept[key] for key in accept)
+    return {"name": name, "call": right}
 
 
 def to_row(model, tok, sample, result, cfg):
@@ -607,7 +791,7 @@ def to_row(model, tok, sample, result, cfg):
         if cost:
             cost["direct"] = [a + b for a, b in zip(cost["prefill"], cost["answer"], strict=True)]
     elif "call" in sample:  # made in order to compare
-        ids = prepare(model, tok, sample, cfg).ids
+        ids = prepare(tok, sample, cfg).ids
         with measured(cost, "direct", model):
             row["direct"] = write(tok, ids, Prefix(model, []), cfg)[0]
     if "call" in sample:
@@ -666,12 +850,25 @@ def load(name, cfg):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         need(not info["missing_keys"], f"weights are missing: {sorted(info['missing_keys'])}")
         model = model.to(device).eval().requires_grad_(False)
-        ids, _ = read_prompt(model, tok, "tools", "request", Config(max_new_tokens=1))
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        tok.model_max_length = min(tok.model_max_length, most)
+        need(cfg.prompt != "native" or takes_tools(tok), "its chat template takes no tools")
+        ids = read_prompt(tok, cfg, [PROBE], [turn("user", "request")])
         write(tok, [*ids, tok.vocab_size - 1], Prefix(model, []), Config(max_new_tokens=1))
     except Exception as e:  # whatever goes wrong in there is about this model or device
         why = f"cannot be loaded on {device}: {' '.join(str(e).split())[:200]}"
         raise InputError(f"{name}: {why}; give a causal language model in safetensors") from e
     return model, tok
+
+
+def describe(model, tok, cfg):
+    """What a run says first: the model, whose form of tools it sees, what no LoRA acts on."""
+    layers = linear_layers(model)
+    others = [m for m in model.modules() if m not in layers and [*m.parameters(recurse=False)]]
+    left = ", ".join(f"{n} {kind}" for kind, n in Counter(type(m).__name__ for m in others).items())
+    form = "the template's own" if cfg.prompt != "ours" and takes_tools(tok) else "our"
+    size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
+    return f"{size}; {form} tool prompts; LoRA on {len(layers)} linear layers, not on {left}"
 
 
 def fingerprint(model, tok):
@@ -707,7 +904,7 @@ def resume(cfg, settings, ids, rank, world):
         begun = json.loads(beside.read_text())["config"] if lines else settings
         for key, value in settings.items():
             need(begun.get(key) == value, f"begun with {key} = {begun.get(key)!r}, not {value!r}")
-        whole = [DECODER.decode(line.decode()) for line in lines if line.endswith(b"\n")]
+        whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
         rows = {row["id"]: row for row in whole}  # a line that is torn is none
         need(rows.keys() <= set(ids), "its rows are not those of this run")
         summarise([*rows.values()])  # refuses a row that is none
@@ -718,6 +915,9 @@ def resume(cfg, settings, ids, rank, world):
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"--output {path}: no output of this run: {e}; take another name") from e
     return own, beside, rows
+
+
+HOPELESS = "no usable pair for the first five: a --teacher, --pairs, or another --prompt may help"
 
 
 def run(cfg):
@@ -738,9 +938,10 @@ def run(cfg):
     settings["teacher"] = fingerprint(*teacher) if teacher else ""
     settings["data"] = hashlib.sha256(dumps([samples, pairs]).encode()).hexdigest()[:16]
     own, beside, rows = resume(cfg, settings, ids, rank, world) if cfg.output else ("", "", {})
-    layers = f"LoRA on {len(linear_layers(model))} linear layers"
-    print(f"{len(ids)} samples of {os.path.relpath(cfg.data)}; {os.path.relpath(cfg.model)}:")
-    print(f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}, {layers}\n")
+    told = sum("call" in samples[i] for i in ids)
+    none = "" if told else ': no label ("call"), so that answers are written but not scored'
+    print(f"{len(ids)} samples of {os.path.relpath(cfg.data)}, {told} labelled{none}")
+    print(f"{os.path.relpath(cfg.model)}: {describe(model, tok, cfg)}\n")
     try:
         for i in tqdm(ids[rank::world], unit="sample", disable=bool(cfg.trace or rank)):
             if i not in rows:
@@ -749,12 +950,15 @@ def run(cfg):
                 rows[i] = to_row(model, tok, samples[i], result, cfg)
                 if own:
                     save(own, [dumps(rows[i])], "a")
+                tried = [row["pairs"] for row in rows.values() if row["drafts"]]
+                if len(tried) == 5 and rows[i]["drafts"] and not any(tried):
+                    tqdm.write(HOPELESS)
     finally:  # the table so far, whatever ends the run
         summary = summarise([rows[i] for i in ids if i in rows])
         if cfg.trace in rows:  # the label, and the scores by it, come last
             story = {"prompt": "it does not fit"}
             with suppress(InputError):
-                story["prompt"] = tok.decode(prepare(model, tok, samples[cfg.trace], cfg).ids)
+                story["prompt"] = tok.decode(prepare(tok, samples[cfg.trace], cfg).ids)
             story |= rows[cfg.trace] | {"label": samples[cfg.trace].get("call")}
             for key, part in story.items():
                 print(f"\n-- {key}", *(part if isinstance(part, list) else [part]), sep="\n  ")
@@ -782,6 +986,8 @@ def parse_flags(argv):
 
 def main(argv=None):
     """The command line -> the summary, as a dict. Raises InputError, whose text is for the user."""
+    new = int(transformers.__version__.split(".")[0]) >= 5
+    need(new, f"transformers {transformers.__version__} is too old; see requirements.txt")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return run(parse_flags(sys.argv[1:] if argv is None else argv))
