@@ -307,7 +307,7 @@ def scripted(monkeypatch, texts):
     """What the model writes is these; the numbers that it is drawn by are returned."""
     texts, drawn = iter(texts), []
 
-    def write(tok, ids, prefix, cfg, uniform=None):
+    def write(tok, ids, prefix, cfg, uniform=None, over=None):
         drawn.append(uniform)
         return [next(texts) for _ in range(1 if uniform is None else len(uniform))]
 

@@ -200,7 +200,7 @@ def generate(model, tok, x, after_tools, cfg, supplied=None):
     while kept < cfg.k and len(drafts) < cfg.attempts * cfg.drafts:
         draws = [draw(cfg.seed, x.id, "draft", len(drafts) + i) for i in range(cfg.drafts)]
         uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=g) for g in draws])
-        for text in write(tok, ids, asked, cfg, uniform):
+        for text in write(tok, ids, asked, cfg, uniform, hopeless):
             drafts.append(judge(text, drafts, x, cfg))
             kept += drafts[-1]["verdict"] == "kept"
     return drafts
@@ -212,7 +212,7 @@ BEHIND = "a value is not in the request"  # it may be written otherwise there: t
 def judge(text, before, x, cfg):
     """-> a draft {text, verdict, pair or None}; `before` are the drafts before it."""
     draft = {"text": text, "verdict": "no JSON object with a request and a call", "pair": None}
-    value, behind = parse(text)
+    value, behind = parse(text, STRICT)
     request, call = value.get("request"), to_call(value.get("call"))
     if isinstance(request, str) and request.strip() and call and not behind:
         pair = {"request": request.strip(), "call": call}
@@ -393,8 +393,9 @@ def logprob(spans, prefix):
 
 
 @torch.no_grad()
-def write(tok, ids, prefix, cfg, uniform=None):
-    """-> [greedy text, up to an end, a call or a pair]; or R texts drawn by uniform (R, tokens)."""
+def write(tok, ids, prefix, cfg, uniform=None, over=lambda text: False):
+    """-> [greedy text, up to an end, a call or a pair]; or R texts drawn by uniform (R, tokens),
+    that end, too, where they are over(text)."""
     ends = prefix.model.generation_config.eos_token_id  # alone of that file: no penalties
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     n = 1 if uniform is None else len(uniform)
@@ -413,7 +414,7 @@ def write(tok, ids, prefix, cfg, uniform=None):
                 if token not in ends:
                     written[row].append(token)
                 text = tok.decode(written[row], skip_special_tokens=True)
-                done = bool(parse(text)[0]) or (uniform is not None and hopeless(text))
+                done = parse(text)[0] or over(text)
                 if token in ends or step == cfg.max_new_tokens - 1 or done:
                     texts[row] = text
         if None not in texts:
@@ -567,14 +568,19 @@ def need(ok, message):
         raise InputError(message)
 
 
-def once(items):
-    """A JSON object: each key once, and null, which Arrow writes for what is absent, is absent."""
-    keys = [key for key, _ in items]
-    need(len(set(keys)) == len(keys), f"a key twice: {keys}")
+def present(items):
+    """A JSON object; null, which Arrow writes for what is absent, is absent."""
     return {key: value for key, value in items if value is not None}
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=once)
+def once(items):
+    keys = [key for key, _ in items]
+    need(len(set(keys)) == len(keys), f"a key twice: {keys}")
+    return present(items)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=present)
+STRICT = json.JSONDecoder(object_pairs_hook=once)
 dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
 
 
@@ -593,7 +599,7 @@ def decoded(value):
     return value
 
 
-def parse(text):
+def parse(text, decoder=DECODER):
     """-> (the first JSON object in a model's text that is a call or a pair, what follows it); {}
     is none. One still open is not searched inside, or a draft would end with its call."""
     python = {"True": "true", "False": "false", "None": "null"}
@@ -603,7 +609,7 @@ def parse(text):
         if unfinished(text, brace.start()):
             break
         with suppress(ValueError, RecursionError):
-            value, end = DECODER.raw_decode(text, brace.start())
+            value, end = decoder.raw_decode(text, brace.start())
             if "name" in value or value.keys() >= {"call", "request"}:
                 return sound(value), text[end:].strip()
     return {}, ""
@@ -744,7 +750,7 @@ def read_jsonl(path, convert):
         lines = map(dumps, DECODER.decode(text)) if array else text.split("\n")
         for number, line in enumerate(lines, 1):
             if line.strip():
-                record = sound(DECODER.decode(line))
+                record = sound(STRICT.decode(line))
                 need(isinstance(record, dict), "this is no JSON object")
                 i = record["id"] = str(record.get("id", number))
                 need(i and i not in found and i.isprintable(), f"id {i!r}: twice, or unprintable")

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import time
@@ -103,7 +104,9 @@ def forced():
         return {"text": text, "verdict": "kept", "pair": PAIR}
 
     # A parse of None: what looks like a call ends nothing.
-    return mock.patch.multiple(ttsi, generate=long, judge=judge, parse=lambda text: None)
+    return mock.patch.multiple(
+        ttsi, generate=long, judge=judge, parse=lambda text: ({}, ""), hopeless=bool
+    )
 
 
 class Bench:
@@ -111,7 +114,7 @@ class Bench:
 
     def __init__(self, model, tok, sample, cfg):
         self.model, self.tok, self.sample, self.cfg = model, tok, sample, cfg
-        self.x = ttsi.prepare(model, tok, sample, cfg)
+        self.x = ttsi.prepare(tok, sample, cfg)
         self.pair = ttsi.pair_span(self.x, PAIR)
         self.nothing = ttsi.Prefix(model, [])
         self.after_tools = ttsi.Prefix(model, self.x.ids[: self.x.head])
@@ -142,9 +145,11 @@ class Bench:
     def train(self, **changes):
         """T, from a new LoRA to its removal."""
         cfg = dataclasses.replace(self.cfg, **changes)
-        base = self.after_tools if cfg.adapt == "suffix" else self.nothing
+        head = self.after_tools.ids if cfg.adapt == "suffix" else []
+        ids = os.path.commonprefix([head, self.pair[0]])
+        base = ttsi.Prefix(self.model, ids, self.after_tools)
         with ttsi.temporary_lora(self.model, cfg, ttsi.draw(0, "bench")) as lora:
-            ttsi.train([self.pair], base.shared_by([self.pair[0]]), lora, cfg)
+            ttsi.train([self.pair], base, lora, cfg)
 
     def floor(self):
         """As many forward and backward passes through the frozen model alone."""

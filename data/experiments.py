@@ -119,7 +119,7 @@ class Lab:
         """Yields (sample, what a method may see of it), without those that no run answers."""
         for sample in tqdm(self.samples(cfg)):
             try:
-                x = ttsi.prepare(*self.base(cfg), sample, cfg)
+                x = ttsi.prepare(self.base(cfg)[1], sample, cfg)
             except ttsi.InputError:
                 continue
             yield sample, x
@@ -160,6 +160,17 @@ def patched(lab, **functions):
         yield elsewhere
     finally:
         vars(ttsi).update(ours)
+
+
+def shared(prefix, spans):
+    """-> what a prefix and all these spans begin with, read: a token may merge at its end."""
+    ids = os.path.commonprefix([prefix.ids, *(ids for ids, _ in spans)])
+    return ttsi.Prefix(prefix.model, ids, prefix)
+
+
+def system_text(x):
+    """The system message of a prompt in our form."""
+    return ttsi.SYSTEM + "\n".join(ttsi.dumps(tool) for tool in x.tools)
 
 
 def prefixes(model, x):
@@ -240,18 +251,19 @@ def with_pairs(tok, x, pairs):
         turns.append({"role": "user", "content": pair["request"]})
         turns.append({"role": "assistant", "content": ttsi.dumps(pair["call"])})
     turns.append({"role": "user", "content": x.request})
-    system = {"role": "system", "content": x.system}
-    folded = {"role": "user", "content": f"{x.system}\n\n{turns[0]['content']}"}
-    template = None if tok.chat_template else ttsi.PLAIN
+    text = system_text(x)
+    system = {"role": "system", "content": text}
+    folded = {"role": "user", "content": f"{text}\n\n{turns[0]['content']}"}
+    how = ttsi.RENDER | {"chat_template": None if tok.chat_template else ttsi.PLAIN}
     for messages in ([system, *turns], [folded, *turns[1:]]):  # as ttsi.render does
         try:
-            text = tok.apply_chat_template(messages, chat_template=template, **ttsi.RENDER)
+            prompt = tok.apply_chat_template(messages, add_generation_prompt=True, **how)
         except Exception as e:
-            text = str(e)
-        end = text.find(x.system) + len(x.system)
-        if x.system in text and x.request in text[end:]:
-            return ttsi.encode(tok, text)[0]
-    raise ttsi.InputError(f"the chat template does not hold the pairs: {text[:80]}")
+            prompt = str(e)
+        end = prompt.find(text) + len(text)
+        if text in prompt and x.request in prompt[end:]:
+            return ttsi.encode(tok, prompt)[0]
+    raise ttsi.InputError(f"the chat template does not hold the pairs: {prompt[:80]}")
 
 
 @kept
@@ -264,7 +276,7 @@ def shown(lab, seed):
         if not row["pairs"]:
             continue
         ids, cost = with_pairs(tok, x, row["pairs"]), spent(row, "score", "generate")
-        if len(ids) + cfg.max_new_tokens > x.context:
+        if len(ids) + cfg.max_new_tokens > tok.model_max_length:
             cost["answer"] = row["cost"]["direct"]  # prompt included
             given = row["direct"], row["scores"]["direct"], "pairs exceed the context"
         else:
@@ -330,7 +342,7 @@ def stream(lab, seed, lr):
             after_tools = ttsi.Prefix(model, x.ids[: x.head])
         spans = [ttsi.pair_span(x, pair) for pair in row["pairs"]]
         base = after_tools if cfg.adapt == "suffix" else ttsi.Prefix(model, [])
-        base = base.shared_by([ids for ids, _ in spans])
+        base = shared(base, spans)
         with ttsi.temporary_lora(model, cfg, ttsi.draw(cfg.seed, x.id, "adapter")) as lora:
             with torch.no_grad():
                 for p, before in zip(lora, learned or lora, strict=True):
@@ -421,7 +433,7 @@ def sampled(lab, seed, temperature):
 
 def call_of(text):
     """What is voted on: name and arguments, as they are compared in scoring; None: no call."""
-    call = ttsi.parse(text) or {}
+    call, _ = ttsi.parse(text)
     name, arguments = call.get("name"), call.get("arguments")
     if not (isinstance(name, str) and isinstance(arguments, dict)):
         return None
@@ -486,7 +498,7 @@ def sft(lab, seed, shift, n, lr):
             with ttsi.measured(cost, "train", model):
                 spans = []
                 for sample in [items[i] for i in batch]:
-                    x = ttsi.prepare(model, tok, sample, cfg)
+                    x = ttsi.prepare(tok, sample, cfg)
                     pair = {"request": x.request, "call": sample["call"]}
                     spans.append(ttsi.pair_span(x, pair))
                 lengths = torch.tensor([len(ids) - begin for ids, begin in spans])
@@ -555,12 +567,12 @@ def by_answer(lab, seed, temperature):
     direct, drawn = lab.rows(seed, NONE), sampled(lab, seed, temperature)
     cfg, out = lab.config(seed), {}
     model, tok = lab.base(cfg)
-    for _, x in lab.prepared(cfg):
+    for sample, x in lab.prepared(cfg):
         _, after_prompt = prefixes(model, x)
         texts = distinct([direct[x.id]["direct"], *drawn[x.id]["texts"]])
-        prompt, _ = ttsi.render(tok, x.system, x.request)
-        whole = [prompt + text + (tok.eos_token or "") for text in texts]
-        spans = [ttsi.encode(tok, text, len(prompt)) for text in whole]
+        prompt, _ = ttsi.render(tok, cfg, x.tools, sample["messages"])
+        whole = [ttsi.encode(tok, prompt, text + (tok.eos_token or "")) for text in texts]
+        spans = [(ids, len(x.ids)) for ids, _ in whole]
         logp, (ids, begin) = ttsi.logprob(spans, after_prompt).tolist(), spans[0]
         margin_of_calls = ttsi.margin(dict(zip(texts, logp, strict=True)))
         out[x.id] = [math.exp(logp[0] / (len(ids) - begin)), margin_of_calls]
@@ -597,8 +609,7 @@ def reshuffled(lab, seed):
     def pair_span(x, pair):
         g = ttsi.draw(seed, x.id, "reshuffled", pair["request"])
         tools = [x.tools[i] for i in torch.randperm(len(x.tools), generator=g)]
-        system = ttsi.SYSTEM + "\n".join(ttsi.dumps(tool) for tool in tools)
-        return ours(SimpleNamespace(**vars(x) | {"system": system}), pair)
+        return ours(SimpleNamespace(**vars(x) | {"tools": tools}), pair)
 
     pairs, ours = pairs_of(lab, seed, ""), ttsi.pair_span
     with patched(lab, pair_span=pair_span) as elsewhere:

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen3Config
+from transformers import AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -208,7 +208,7 @@ def icl(lab):
 
 
 def naive_ids(tok, x, pairs):
-    turns = [("system", x.system)]
+    turns = [("system", experiments.system_text(x))]
     for pair in pairs:
         turns += [("user", pair["request"]), ("assistant", json.dumps(pair["call"]))]
     turns = [{"role": role, "content": text} for role, text in [*turns, ("user", x.request)]]
@@ -218,7 +218,7 @@ def naive_ids(tok, x, pairs):
 
 NO_SYSTEM = "{% for m in messages %}{{ raise_exception('no') if m.role == 'system' else '' }}"
 NO_SYSTEM += "<{{ m.role }}>{{ m.content }}{% endfor %}"
-ROLES = {"no system role": (NO_SYSTEM, "<user>S\n\nr1<assistant>{}<user>r"), "none": (None, "")}
+ROLES = {"no system role": (NO_SYSTEM, "<user>{}\n\nr1<assistant>{}<user>r"), "none": (None, "")}
 
 
 def scored(*calls, decision="adapted"):
@@ -295,16 +295,16 @@ def test_no_tool_of_one_split_is_in_another():
 def test_the_model_learns_the_very_prompts_of_the_method(tok):
     """Prompts in training are those of ttsi.py, in the tokens of the shipped model."""
     r, built = random.Random(0), world.build_tokenizer()
-    model = SimpleNamespace(config=Qwen3Config(max_position_embeddings=4096))
     for record in world.records("dev", 20, 1, 7):
         sample = ttsi.to_sample(record)
-        x = ttsi.prepare(model, tok, sample, ttsi.Config(shuffle=False))
+        x = ttsi.prepare(tok, sample, ttsi.Config(shuffle=False))
         head, rest = world.prompts(built, record["tools"], x.request)
         tokens = [built(part, add_special_tokens=False).input_ids for part in (head, rest)]
         assert sum(tokens, []) == x.ids, "training reads another prompt"
-        assert len(tokens[0]) == x.head, "the tools end elsewhere"
+        between = tok.decode(x.ids[len(tokens[0]) : x.head])
+        assert between == "<|user|>", "the tools end elsewhere"
         seed, call, request = world.draft_triple(r, record["tools"])
-        x.request = seed  # nothing but a copy of it would be refused
+        x.asked = [seed]  # nothing but a copy of it would be refused
         draft = ttsi.judge(world.draft_text(call, request), [], x, ttsi.Config())
         assert draft["verdict"] == "kept", f"{draft}: it learns what fails the checks"
 
@@ -436,8 +436,9 @@ def test_a_dialogue_is_one_user_message_that_holds_every_turn(tok, name):
         want = "\n".join(lines) if len(lines) > 1 else lines[0].removeprefix("user: ")
         request = ttsi.user_text(record["messages"])
         assert request == want, f"{record['id']}: a turn is missing, or told otherwise"
-        prompt, _ = ttsi.render(tok, "TOOLS", request)
-        assert prompt == "<system>TOOLS<user>" + request, f"{record['id']}: not one user message"
+        sample = ttsi.to_sample(record)
+        prompt, _ = ttsi.render(tok, ttsi.Config(), sample["tools"], sample["messages"])
+        assert prompt.endswith("}<user>" + request), f"{record['id']}: not one user message"
 
 
 @beside
@@ -589,7 +590,7 @@ def test_round_trips_part_the_drafts(lab):
                 question = [{"role": "user", "content": pair["request"]}]
                 sample = samples[row["id"]] | {"messages": question}
                 result = ttsi.tt_si(model, tok, sample, ttsi.Config(tau=0.0))
-                answered = ttsi.parse(result.answer) == pair["call"]
+                answered = ttsi.parse(result.answer)[0] == pair["call"]
                 assert answered == agree, f"{row['id']}: {pair} is in the wrong half"
 
 
@@ -714,7 +715,7 @@ def test_pairs_that_exceed_the_context_are_not_shown_and_not_counted(lab, monkey
         ids = naive_ids(tok, xs[row["id"]], row["pairs"])
         sizes[row["id"]] = len(ids) + cfg.max_new_tokens
     limit = sorted(sizes.values())[len(sizes) // 2 - 1]
-    monkeypatch.setattr(ttsi, "context", lambda model: limit)
+    monkeypatch.setattr(tok, "model_max_length", limit)
     fit = {i for i, n in sizes.items() if n <= limit}
     assert 0 < len(fit) < len(sizes), "choose other samples"
     rows = experiments.shown.__wrapped__(few, 0)
@@ -727,12 +728,12 @@ def test_pairs_that_exceed_the_context_are_not_shown_and_not_counted(lab, monkey
 
 @pytest.mark.parametrize("kind", ROLES)
 def test_pairs_are_shown_by_any_template(tok, kind):
-    tok, x = copy.deepcopy(tok), SimpleNamespace(system="S", request="r")
+    tok, x = copy.deepcopy(tok), SimpleNamespace(tools=[], request="r")
     tok.chat_template, want = ROLES[kind]
     pair = {"request": "r1", "call": {"name": "f", "arguments": {}}}
     text = tok.decode(experiments.with_pairs(tok, x, [pair]))
     shown = json.dumps(pair["call"])
-    want = want.format(shown) or f"S\n\nr1\n\n{shown}\n\nr\n\nAnswer:"
+    want = want.format(ttsi.SYSTEM, shown) or f"{ttsi.SYSTEM}\n\nr1\n\n{shown}\n\nr\n\nAnswer:"
     assert text == want, f"{kind}: the turns are told otherwise"
 
 

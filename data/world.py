@@ -423,8 +423,10 @@ def build_tokenizer():
 
 def prompts(tok, tools, user):
     """-> (the part that a tool list shares, the rest of the prompt)."""
-    system = ttsi.SYSTEM + "\n".join(ttsi.dumps(tool["function"]) for tool in tools)
-    text, n = ttsi.render(tok, system, user)
+    tools = [tool["function"] for tool in tools]
+    system = ttsi.SYSTEM + "\n".join(map(ttsi.dumps, tools))
+    text, _ = ttsi.render(tok, ttsi.Config(), tools, [ttsi.turn("user", user)])
+    n = text.index(system) + len(system)
     return text[:n], text[n:]
 
 
@@ -456,8 +458,8 @@ def check_tokenizer(tok, seed):
             assert all_ids == ids(head) + ids(rest) + ids(answer)
             stop = ids(head + rest + f'{name}{call["name"]}", "arguments"')
             assert all_ids[: len(stop)] == stop
-            got, n = ttsi.encode(tok, whole, len(head + rest))
-            assert got == all_ids and n == len(ids(head)) + len(ids(rest))
+            got, ends = ttsi.encode(tok, head + rest, answer)
+            assert got == all_ids and ends[len(ids(head)) + len(ids(rest)) - 1] == len(head + rest)
             lengths.append((len(ids(head)), len(ids(rest)), len(ids(answer))))
     answers, drafts = mean(lengths[::2]), mean(lengths[1::2])
     print(f"{len(tok)} tokens; five tools + prompt + output: answer {answers}, draft {drafts}")
@@ -664,8 +666,9 @@ def evaluate(model, tok, seed, n=100):
             pairs = []
             for x in data[i : i + 50]:
                 prompt = "".join(prompts(tok, x["tools"], x["messages"][0]["content"]))
-                whole = prompt + answer_text(x["call"]) + tok.eos_token
-                pairs.append(ttsi.encode(tok, whole, len(prompt)))
+                answer = answer_text(x["call"]) + tok.eos_token
+                ids, ends = ttsi.encode(tok, prompt, answer)
+                pairs.append((ids, sum(end <= len(prompt) for end in ends)))
             ids = torch.zeros(len(pairs), max(len(p) for p, _ in pairs), dtype=torch.long)
             for j, (p, _) in enumerate(pairs):
                 ids[j, : len(p)] = torch.tensor(p)
