@@ -84,9 +84,13 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "max_position_embeddings": 2048}
 GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
 WINDOW = GROUPED | {"sliding_window": 16}
+NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 2048}
+NEO |= {"attention_types": [[["global", "local"], 1]], "window_size": 16}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 2048}
 KINDS = {"Llama": (GROUPED, 14), "Qwen3": (GROUPED, 14), "GPTNeoX": (SMALL, 8), "GPT2": (GPT2, 8)}
 KINDS |= {kind: (WINDOW, 14) for kind in ("Mistral", "Gemma2", "Gemma3Text")}
+KINDS |= {"Bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4}, 8)}  # ALiBi
+KINDS |= {"GPTNeo": (NEO, 12)}  # local attention
 KINDS |= {"OPT": (SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32}, 12)}
 KINDS |= {"Qwen2": (SMALL | {"num_key_value_heads": 2}, 14)}
 KINDS |= {"Phi3": (SMALL | {"num_key_value_heads": 2, "pad_token_id": None}, 8)}
@@ -1174,6 +1178,373 @@ def test_trace_prints_the_story_in_the_algorithms_order_the_label_last(loaded, t
     (tmp_path / "d.jsonl").write_text(json.dumps(sample | {"messages": user("word " * 5000)}))
     _, text = quiet("--data", tmp_path / "d.jsonl", *argv)
     assert "not answered: " in text and text.strip().endswith(str(sample["call"]))
+
+
+# ------------------------------------------------------- records as people have them, one place
+OSLO_CALL = {"name": "cancel_flight", "arguments": {"city": "Oslo"}}
+TEXT = json.dumps(OSLO_CALL)
+AS_TEXT = OSLO_CALL | {"arguments": json.dumps(OSLO_CALL["arguments"])}
+ASKED = user("drop the Oslo flight")
+ANSWERS = [{"tool_calls": [{"id": "x", "type": "function", "function": AS_TEXT}], "content": None}]
+ANSWERS += [{"function_call": AS_TEXT, "content": ""}, {"content": f"Sure.\n```json\n{TEXT}\n```"}]
+ANSWERS += [{"content": f"<tool_call>{TEXT}</tool_call>"}, {"tool_calls": json.dumps([OSLO_CALL])}]
+ANSWERS += [{"content": [{"type": "text", "text": TEXT}], "tool_calls": None}]
+
+
+def record(messages=ASKED, tools=FLIGHT, **more):
+    return {"id": "r", "messages": messages, "tools": tools} | more
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_a_call_that_ends_a_dialogue_is_the_label_and_never_in_the_prompt(tok, answer):
+    turns = [*ASKED, {"role": "assistant"} | answer]
+    for extra in ({}, {"call": OSLO_CALL}, {"answers": TEXT}, {"call": None}):
+        sample = ttsi.to_sample(record(turns, **extra))
+        assert sample["call"] == OSLO_CALL and sample["messages"] == ASKED, "it is in the prompt"
+    with pytest.raises(ttsi.InputError, match="differ"):
+        ttsi.to_sample(record(turns, call=CANCEL))
+    more = [{"role": "tool", "content": "done"}]
+    with pytest.raises(ttsi.InputError, match="hold the label"):
+        ttsi.to_sample(record(turns + more, call=OSLO_CALL))
+    again = ttsi.to_sample(record(turns + more + ASKED, call=OSLO_CALL))
+    assert len(again["messages"]) == 4, "a call of an earlier request is history"
+
+
+LABELS = [{"call": OSLO_CALL}, {"call": TEXT}, {"answers": [AS_TEXT]}, {"answers": f"[{TEXT}]"}]
+LABELS += [{"tool_calls": [{"function": AS_TEXT}]}, {"call": {"function": OSLO_CALL}}]
+LABELS += [{"call": OSLO_CALL | {"arguments": OSLO_CALL["arguments"] | {"days": None}}}]
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_label_has_several_names_and_forms(label):
+    assert ttsi.to_sample(record(**label))["call"] == OSLO_CALL
+    two = [{"role": "assistant", "tool_calls": [{"function": OSLO_CALL}] * 2}]
+    for several in (record(ASKED + two), record(answers=[OSLO_CALL, CANCEL])):
+        with pytest.raises(ttsi.InputError, match="several calls"):
+            ttsi.to_sample(several)
+
+
+def test_when_nothing_is_labelled_the_run_says_so_before_it_starts(loaded, tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps(record(call=[])))
+    _, text = quiet("--data", tmp_path / "d.jsonl", *BRIEF)
+    assert "0 labelled: no label" in text.splitlines()[0] and "TT-SI" not in text
+
+
+CITY = {"city": {"type": "string", "description": "where"}}
+SCHEMA = {"type": "object", "properties": CITY, "required": ["city", "gone"]}
+TOOLS = [{"parameters": SCHEMA}, {"inputSchema": SCHEMA}, {"input_schema": json.dumps(SCHEMA)}]
+TOOLS += [{"parameters": {"city": CITY["city"] | {"required": True}}}]
+TOOLS += [{"parameters": SCHEMA | {"properties": CITY | {"none": None}}}]
+
+
+def faulty(tok, schema, arguments, text="the Oslo flight in 3 days"):
+    x = ttsi.prepare(tok, SAMPLES[1] | {"tools": [{"name": "f", "parameters": schema}]}, FIRST)
+    return ttsi.fault(
+        {"request": text, "call": {"name": "f", "arguments": arguments}}, [], x, FIRST
+    )
+
+
+@pytest.mark.parametrize("schema", TOOLS)
+def test_four_names_of_a_schema_mean_the_same(schema):
+    listed = [{"name": "f"} | schema]
+    for tools in (listed, json.dumps(listed), [{"type": "function", "function": listed[0]}]):
+        sample = ttsi.to_sample(record(tools=tools, call={"name": "f"}))
+        assert sample["call"]["arguments"] == {}, "no arguments are none"
+        rules, required, complete = ttsi.schema_of(sample["tools"], "f")
+        assert (set(rules), required, complete) == ({"city"}, {"city"}, True)
+
+
+VAGUE = [
+    True,
+    [],
+    {},
+    "x",
+    {"type": "object"},
+    {"properties": []},
+    {"$ref": "#/x"},
+    {"properties": 1},
+]
+VAGUE += [{"allOf": [SCHEMA]}, SCHEMA | {"anyOf": []}, {"properties": {"x": True, "y": {}}}]
+VAGUE += [{"type": "object", "properties": {}, "additionalProperties": {}}]
+VAGUE += [{"properties": {"x": {"$ref": "#"}, "y": {"type": ["any"]}}, "required": ["x", "z", 1]}]
+FIT = [({"type": ["integer", "null"]}, 3, True), ({"type": ["integer", "null"]}, "Oslo", False)]
+FIT += [({"type": "integer"}, "3", True), ({"type": "integer"}, 3.0, True)]
+FIT += [({"type": "integer"}, 3.5, False), ({"type": "number"}, "3.5", True)]
+FIT += [({"type": "boolean"}, "True", True), ({"type": "boolean"}, "Oslo", False)]
+FIT += [({"enum": ["OSLO", "Rome"]}, "oslo", True), ({"enum": [1, 2]}, "2", True)]
+FIT += [({"enum": [1, 2]}, 3, False), ({"type": "array"}, "Oslo", False)]
+FIT += [({"type": "string"}, ["Oslo"], False), ({"type": "object"}, {}, True)]
+FIT += [({"type": "float"}, "Oslo", True), ({"type": {"odd": 1}}, "Oslo", True)]
+
+
+@pytest.mark.parametrize("schema", VAGUE, ids=range(len(VAGUE)))
+def test_what_is_not_understood_of_a_schema_is_not_checked(tok, schema):
+    assert not faulty(tok, schema, {"x": 3, "y": "Oslo"}), "a right call would be refused"
+    ttsi.to_sample(record(tools=[{"name": "f", "parameters": schema}]))
+
+
+@pytest.mark.parametrize("rule,value,fits", FIT, ids=range(len(FIT)))
+def test_types_and_enums_are_compared_as_scores_are(tok, rule, value, fits):
+    verdict = faulty(tok, {"properties": {"x": rule}}, {"x": value})
+    assert (verdict == "") == fits, f"{value!r} by {rule}: {verdict}"
+
+
+def test_the_files_form_changes_nothing(tmp_path):
+    one = record([{"role": "user", "content": [{"type": "text", "text": "go"}], "name": None}])
+    plain, path = record(user("go")), tmp_path / "x.json"
+    forms = [json.dumps([one, one | {"id": "s"}], indent=2), json.dumps([one, one | {"id": "s"}])]
+    forms += [json.dumps(one) + "\n" + json.dumps(one | {"id": "s", "call": None})]
+    for text in forms:
+        path.write_text(text)
+        samples = to_samples(path)
+        assert samples == {i: ttsi.to_sample(plain | {"id": i}) for i in "rs"}, text[:20]
+    path.write_text(json.dumps([one, {"id": 2}]))
+    with pytest.raises(ttsi.InputError, match=f"{path}:2: no tools"):
+        to_samples(path)
+
+
+PLACES = [({"tools": [FLIGHT[0], {"parameters": {}}]}, r"tools\[1\]: no \"name\"")]
+PLACES += [({"messages": [*ASKED, {"content": "x"}]}, r"messages\[1\]")]
+PLACES += [({"messages": user([{"type": "image_url"}])}, r"messages\[0\].*content.*text")]
+PLACES += [({"messages": [*ASKED, {"role": "a", "tool_calls": [{}]}]}, r"messages\[1\]: a call")]
+
+
+@pytest.mark.parametrize("change,place", PLACES)
+def test_messages_name_the_place_of_the_fault(change, place):
+    with pytest.raises(ttsi.InputError, match=place):
+        ttsi.to_sample(record() | change)
+
+
+SPELLED = [
+    '{"name": "f", "parameters": {"x": true}}',
+    '{"name": "f", "arguments": "{\\"x\\": true}"}',
+]
+SPELLED += [
+    '{"name": "f", "arguments": {"x": True, "y": None}}',
+    '{"name": "f", "input": {"x": "True"}}',
+]
+SPELLED += ['{"function": {"name": "f", "arguments": {"x": true, "y": null}}}']
+
+
+@pytest.mark.parametrize("text", SPELLED)
+def test_an_answer_means_what_it_says(text):
+    gold = {"call": {"name": "f", "arguments": {"x": True}}, "accept": {"x": ["no"]}}
+    assert ttsi.grade(text, gold) == {"name": True, "call": True}, "a label is right by itself"
+    text = '{"name": "f", "arguments": {"x": "say True, or None"}}'
+    assert ttsi.parse(text)[0]["arguments"]["x"] == "say True, or None", "inside of a string"
+
+
+# --------------------------------------------------------------------------- what G does with them
+def test_a_copy_of_any_turn_is_refused_whatever_stands_around_it(tok):
+    first = "Please cancel my flight to Oslo."
+    turns = [*user(first), {"role": "assistant", "content": "When?"}, *user("On Monday")]
+    x = ttsi.prepare(tok, record(turns), FIRST)
+    texts = [first, "Hello! " + first, "on monday", f"user: {first}\nassistant: When?"]
+    for text, free in [(text, False) for text in texts] + [("On Monday morning", True)]:
+        for cfg in (FIRST, config(check=False)):
+            verdict = ttsi.fault({"request": text, "call": OSLO_CALL}, [], x, cfg)
+            assert (verdict != "copy of the request") == free, f"{text}: {verdict}"
+
+
+def test_the_closest_draft_is_found_without_blanks(tok):
+    texts = ["今天天气怎么样", "请取消我去奥斯陆的航班", "播放一首歌"]
+    drafts = [{"verdict": "kept", "pair": {"request": text}} for text in texts]
+    assert ttsi.closest(drafts, "帮我取消去罗马的航班")[0]["request"] == texts[1]
+
+
+def test_a_pair_with_an_invented_value_comes_behind_the_others(llama, tok):
+    texts = [pair("cancel my flight, please", "cancel_flight", city="Lima")]
+    texts += [pair("drop what goes to Oslo", "cancel_flight", city="Oslo")]
+    got = run(llama, tok, SAMPLES[1:2], {"b": texts}, k=2, check=True)["b"]
+    assert [d["verdict"] for d in got["drafts"]] == [ttsi.BEHIND, "kept"]
+    assert got["pairs"] == texts[::-1], "not behind, though it is closer"
+
+
+@pytest.mark.parametrize("end", ["}", "} {", '}, "more": 1}', "\n\n"])
+def test_a_draft_that_says_a_key_twice_or_writes_on_is_a_fault(llama, tok, end):
+    x = ttsi.prepare(tok, SAMPLES[1], FIRST)
+    good = json.dumps(pair("drop what goes to Oslo", "cancel_flight", city="Oslo"))
+    verdict = ttsi.judge(good + end, [], x, FIRST)["verdict"]
+    assert verdict == ("kept" if end.isspace() else JUNK)
+    twice = good.replace('{"city": "Oslo"}', '{"city": "Rome", "city": "Oslo"}')
+    assert ttsi.judge(twice, [], x, FIRST)["pair"] is None, "which of the two?"
+
+
+ENDS = [('{"name": "f', True), ("Sure! " * 50, True), ("Sure! ", False), ('{"call": {"na', False)]
+ENDS += [('{ "req', False), ('{"request": "x", "call": 7}', True), ('{"call": nonsense, ', True)]
+ENDS += [("{x y", True), ("{", False), ('{"call": {}}', True), ('{"request": "so {', False)]
+
+
+@pytest.mark.parametrize("text,over", ENDS)
+def test_a_draft_ends_where_it_can_become_no_pair(text, over):
+    assert ttsi.hopeless(text) == over
+
+
+def test_a_hopeless_model_is_told_of_once_and_the_run_goes_on(loaded, monkeypatch, capsys):
+    scripted(monkeypatch, itertools.repeat("junk"))
+    argv = ["--limit", "7", "--tau", "2", "--attempts", "1", "--drafts", "1"]
+    summary = ttsi.main(argv)
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("--teacher, --pairs") == 1, "what helps is not said"
+    assert summary["decisions"] == {"no pair": 7}
+
+
+# ------------------------------------------------------------------- the template's own tool form
+CALLS = "{% for c in m.tool_calls %}CALL{% endfor %}"
+JSONS = '{"name": {{ c.function.name | tojson }}, "KEY": {{ c.function.arguments | tojson }}}'
+TURNS = "{% set ns = namespace(u=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+TURNS += "{% set ns.u = loop.index0 %}{% endif %}{% endfor %}FIRST{% for m in messages %}"
+TURNS += "<{{ m.role }}>TOOLS{{ m.content }}" + CALLS + "</s>\n{% endfor %}"
+TURNS += "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def native(first="", inside="", call=JSONS, key="arguments"):
+    parts = {"FIRST": first, "TOOLS": inside, "CALL": call, "KEY": key}
+    return functools.reduce(lambda text, part: text.replace(*part), parts.items(), TURNS)
+
+
+ALL_TOOLS, IN_USER = (
+    "{{ tools | tojson }}",
+    "{% if loop.index0 == ns.u %}{{ tools | tojson }}{% endif %}",
+)
+XML = "<f={{ c.function.name }}>{{ c.function.arguments | tojson }}</f>"
+OWN = {"first": native(ALL_TOOLS), "parameters": native(ALL_TOOLS, key="parameters")}
+OWN |= {"in the last user message": native(inside=IN_USER)}
+OURS = {"no tools": native(), "calls are no JSON": native(ALL_TOOLS, call=XML)}
+OURS |= {
+    "no call": native(ALL_TOOLS, call=""),
+    "thinks first": native(ALL_TOOLS, call="<t>" + JSONS),
+}
+OURS["thinks first"] = OURS["thinks first"].replace("<assistant>{% endif", "<assistant><u>{% endif")
+SYSTEM_TURN = {"role": "system", "content": "Be brief."}
+EARLIER = [
+    *user("book it"),
+    {"role": "assistant", "content": "", "tool_calls": [{"function": AS_TEXT}]},
+]
+EARLIER += [{"role": "tool", "content": '{"ok": 1}'}]
+
+
+def is_native(tok):
+    """Everything that the method reads is what the template gives for turns, tools and calls."""
+    sample = ttsi.to_sample(record([SYSTEM_TURN, *EARLIER, *user("cancel my flight to Rome")]))
+    x, how = ttsi.prepare(tok, sample, config(shuffle=False)), {"enable_thinking": False}
+    how |= {"tools": [{"type": "function", "function": t} for t in FLIGHT], "return_dict": True}
+    start = {"add_generation_prompt": True} | how
+
+    def called(turns, name, **arguments):
+        function = {"name": name, "arguments": arguments}
+        answer = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+        return tok.apply_chat_template([*turns, answer], **how).input_ids
+
+    assert x.ids == tok.apply_chat_template(sample["messages"], **start).input_ids, "the prompt"
+    for t, (ids, at) in zip(x.tools, x.candidates, strict=True):
+        want = called(sample["messages"], t["name"])
+        assert ids == want[: len(ids)] and at >= len(x.ids), f"{t['name']}: not as it is called"
+        assert tok.decode(ids[at:]).startswith(t["name"] + '"'), "cut inside a name"
+    ids, at = ttsi.pair_span(x, PAIRS["b"][0])
+    turns = [SYSTEM_TURN, *user("book Oslo")]
+    assert ids == called(turns, "book_flight", city="Oslo", days=3), "what is trained on"
+    assert ids[:at] == tok.apply_chat_template(turns, **start).input_ids, "and where it begins"
+    assert ttsi.to_call(ttsi.parse(tok.decode(ids[at:]))[0]) == PAIRS["b"][0]["call"]
+    return x
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_the_templates_own_tool_form(tok, kind):
+    tok = templated(tok, OWN[kind])
+    x = is_native(tok)
+    assert ("book_flight" in tok.decode(x.ids[: x.head])) == ("last" not in kind)
+    model = tiny(tok)
+    for adapt in ("suffix", "full"):
+        agrees(model, tok, SAMPLES[1], PAIRS["b"], config(ALWAYS, adapt=adapt, lr=0.5))
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_template_without_a_usable_tool_form_gets_ours(tok, kind, tmp_path):
+    tok = templated(tok, OURS[kind])
+    assert not ttsi.takes_tools(tok) and ttsi.prepare(tok, SAMPLES[1], FIRST).ids
+    folder = saved(tiny(tok), tok, tmp_path / "m")
+    assert "our tool prompts" in ttsi.describe(*ttsi.load(folder, FIRST), FIRST)
+    with pytest.raises(ttsi.InputError, match="takes no tools"):
+        ttsi.load(folder, config(prompt="native"))
+
+
+def test_a_real_template_with_tools(real):
+    if "qwen" not in real.name_or_path:
+        assert not ttsi.takes_tools(real), "it ignores tools"
+        return
+    x = is_native(real)
+    assert "book_flight" in real.decode(x.ids[: x.head]), "one prefix of tools serves all stages"
+    answer = '<tool_call>\n{"name": "cancel_flight", "arguments": {"city": "Rome"}}\n</tool_call>'
+    assert ttsi.grade(answer, SAMPLES[1]) == {"name": True, "call": True}
+    ours = ttsi.prepare(real, SAMPLES[1], config(prompt="ours"))
+    assert "<tools>" not in real.decode(ours.ids), "--prompt ours"
+
+
+def merging(spans, prefix=""):
+    """A tokenizer in the manner of SentencePiece, which joins what follows the prompt's end."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(split=False)
+    made.decoder = tokenizers.decoders.Metaspace()
+    letters = [chr(i) for i in range(33, 127)] + ["\n"]
+    how = {"special_tokens": ["<unk>", "<end>"], "initial_alphabet": letters}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=len(letters) + 4, **how)
+    made.train_from_iterator(spans * 9, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+
+
+@pytest.mark.parametrize("adapt", ["suffix", "full"])
+def test_training_and_scores_are_where_decoding_can_be(adapt):
+    tok = templated(merging([":{"]), ALL.replace("[", "").replace("]", "") + "Answer:")
+    x = ttsi.prepare(tok, SAMPLES[1], FIRST)
+    assert ":{" in tok.tokenize("Answer:{"), "the vocabulary is not what it is meant to be"
+    for ids, _ in [*x.candidates, ttsi.pair_span(x, PAIRS["b"][0])]:
+        text = tok.decode(ids)
+        assert text.count("Answer:{") == 1 and "Answer: {" not in text, "other text than decoding's"
+    assert all(ids[: len(x.ids)] == x.ids for ids, _ in x.candidates), "decoding is not there"
+    got = ttsi.tt_si(tiny(tok), tok, SAMPLES[1], config(ALWAYS, adapt=adapt), PAIRS["b"])
+    assert got.decision == "adapted" and len(got.loss) == 2
+
+
+COLLAPSING = "{% for m in messages %}[{{ m.content.split() | join(' ') }}]{% endfor %}"
+
+
+def test_a_template_that_collapses_blanks_costs_no_draft(embedded):
+    model, tok = embedded[0], templated(embedded[1], COLLAPSING)
+    sample = next(iter(to_samples().values()))
+    got = ttsi.tt_si(model, tok, sample, config(tau=2.0))
+    assert got.logp and not any("template" in d["verdict"] for d in got.drafts), got.drafts
+
+
+def test_no_prompt_tells_the_day(tok):
+    dated = templated(tok, ALL + "{{ strftime_now('%d %B %Y') }}")
+    assert ttsi.render(dated, FIRST, GET, user("hi"))[0].endswith("01 January 2026")
+
+
+# ------------------------------------------------------------------------------ models as they are
+class Router(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x), "routed"
+
+
+def test_a_layer_whose_output_is_a_tuple_is_left_alone(llama):
+    model = copy.deepcopy(llama)
+    layer = model.model.layers[0].mlp.gate_proj
+    layer.__class__ = Router
+    x = torch.randn(1, 3, 32)
+    with ttsi.temporary_lora(model, FIRST, ttsi.draw(1)) as lora:
+        for p in lora:
+            p.data.normal_()
+        got, mark = layer(x)
+    assert torch.equal(got, torch.nn.functional.linear(x, layer.weight)) and mark == "routed"
+
+
+def test_what_is_not_adapted_is_counted(llama, tok):
+    model = copy.deepcopy(llama)
+    model.vision_tower = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    told = ttsi.describe(model, tok, FIRST)
+    assert len(ttsi.linear_layers(model)) == len(ttsi.linear_layers(llama)) == 14
+    assert "LoRA on 14 linear layers" in told and "1 Embedding" in told and "2 Linear" in told
 
 
 # --------------------------------------------------------------------------------- nothing is lost

@@ -231,8 +231,8 @@ def fault(pair, before, x, cfg):
     except InputError as e:  # the chat template refuses it, or it exceeds the context
         return str(e)
     rules, required, complete = schema_of(x.tools, pair["call"]["name"])
-    free = [key for key in arguments if "enum" not in rules.get(key, {})]
-    free = [arguments[key] for key in free if isinstance(arguments[key], str)]
+    rule = {key: rules.get(key, {}) for key, value in arguments.items() if isinstance(value, str)}
+    free = [k for k in rule if "enum" not in rule[k] and rule[k].get("type", "string") == "string"]
     typed = [fits(value, rules[key]) for key, value in arguments.items() if key in rules]
     earlier = [words(draft["pair"]["request"]) for draft in before if draft["pair"]]
     said = f" {' '.join(words(request))} "
@@ -244,7 +244,7 @@ def fault(pair, before, x, cfg):
         "wrong type or not in enum": not all(typed),
         "copy of the request": any(t == said or (len(t) > 20 and t in said) for t in turns),
         "written before": words(request) in earlier,
-        BEHIND: any(text.strip().casefold() not in request.casefold() for text in free),
+        BEHIND: any(arguments[k].strip().casefold() not in request.casefold() for k in free),
     }
     if not cfg.check:  # --pairs may hold x, and its label
         faults = {"copy of the request": faults["copy of the request"]}
@@ -429,7 +429,8 @@ SYSTEM = (
 )
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n\n{% endfor %}Answer:"
 RENDER = {"tokenize": False, "enable_thinking": False, "date_string": "01 January 2026"}
-RENDER |= {"strftime_now": date(2026, 1, 1).strftime}  # a run tomorrow has the same prompts
+DAY = [f"| replace('%{c}', '{date(2026, 1, 1):%{c}}')" for c in "aAbBdHIjmMpSyY"]
+PINNED = "{% macro strftime_now(f) %}{{ f" + "".join(DAY) + " }}{% endmacro %}\n"  # also tomorrow
 PROBE = {"name": "look_up", "parameters": {"type": "object", "properties": {"word": {}}}}
 
 
@@ -495,12 +496,13 @@ def render(tok, cfg, tools, messages, call=None):
     """-> (prompt by the chat template, what continues it with a call). Its own form of tools and
     calls (native), or ours: tools and request as text. A system turn may have to be folded."""
     native = cfg.prompt == "native" or (cfg.prompt == "auto" and takes_tools(tok))
-    how = RENDER | {"chat_template": None if tok.chat_template else PLAIN}
-    if native:
-        how["tools"] = [{"type": "function", "function": tool} for tool in tools]
-    else:
+    how = RENDER | {"tools": [{"type": "function", "function": tool} for tool in tools]}
+    if not native:
+        how["tools"] = None
         system = SYSTEM + "\n".join(dumps(tool) for tool in tools)
         messages = [turn("system", system), turn("user", user_text(messages))]
+    template = tok.get_chat_template(tools=how["tools"]) if tok.chat_template else PLAIN
+    how["chat_template"] = PINNED + template
     first, *others = messages
     forms = [messages]
     if first["role"] == "system" and others:
