@@ -986,8 +986,10 @@ def parse_flags(argv):
     argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
     cfg = Config(**vars(parser.parse_args(argv)))
     for f in dataclasses.fields(Config):
+        value = getattr(cfg, f.name)
+        need(value != [], f"--{f.name}: a value is missing")  # so argparse reads --k=--
         if f.type in (int, float) and f.name != "seed":
-            least, value = int(f.type is int and f.default > 0), getattr(cfg, f.name)
+            least = int(f.type is int and f.default > 0)
             need(least <= value <= 10**6, f"--{f.name} {value}: must be from {least} to 1000000")
     return cfg
 

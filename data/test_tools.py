@@ -15,6 +15,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from transformers import AutoTokenizer
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import bench  # noqa: E402
+import checks  # noqa: E402
 import convert  # noqa: E402
 import experiments  # noqa: E402
 import world  # noqa: E402
@@ -453,6 +455,23 @@ def test_the_table_of_benchmarks_is_what_the_converter_counts(name):
     assert row in (HERE / "README.md").read_text(), f"data/README.md lacks {row}"
     counted = (cells[3], cells[4], cells[5])
     assert convert.shape(records) == counted, "the converter counts otherwise"
+
+
+# ---------------------------------------------------------------------------- checks of drafts
+MEASURED = ["bfcl/canonical_multiple", "bfcl/canonical_live_simple"]
+
+
+@beside
+@pytest.mark.parametrize("name", [*MEASURED, "seal-tools/canonical_dev_200"])
+def test_checks_refuse_few_right_pairs_and_hardly_a_spoiled_one_is_kept(name, monkeypatch):
+    monkeypatch.setattr(ttsi, "pair_span", lambda x, pair: None)
+    samples = ttsi.read_jsonl(str(BENCHMARKS / f"{name}.jsonl"), ttsi.to_sample)
+    found = checks.verdicts(list(samples.values()))
+    right, bad = found.pop("right"), sum(found.values(), Counter())
+    refused = right.total() - right["kept"] - right[ttsi.BEHIND]
+    assert refused < 0.1 * right.total(), f"{right}: right pairs are refused"
+    assert bad["kept"] <= 0.1 * bad.total(), f"{found}: spoiled pairs are kept"
+    assert len(found) >= 3, "not every way of spoiling"
 
 
 # -------------------------------------------------------------------------- the experiments
