@@ -1191,6 +1191,11 @@ ANSWERS += [{"content": f"<tool_call>{TEXT}</tool_call>"}, {"tool_calls": json.d
 ANSWERS += [{"content": [{"type": "text", "text": TEXT}], "tool_calls": None}]
 
 
+ANSWERS += [{"content": f"<think>not {json.dumps(CANCEL)}</think>{TEXT}"}]
+ANSWERS += [{"content": TEXT, "tool_calls": [{"function": json.dumps(OSLO_CALL)}]}]
+ANSWERS += [{"tool_calls": {"function": OSLO_CALL}, "function_call": {"name": None}}]
+
+
 def record(messages=ASKED, tools=FLIGHT, **more):
     return {"id": "r", "messages": messages, "tools": tools} | more
 
@@ -1208,6 +1213,41 @@ def test_a_call_that_ends_a_dialogue_is_the_label_and_never_in_the_prompt(tok, a
         ttsi.to_sample(record(turns + more, call=OSLO_CALL))
     again = ttsi.to_sample(record(turns + more + ASKED, call=OSLO_CALL))
     assert len(again["messages"]) == 4, "a call of an earlier request is history"
+
+
+UNREAD = [
+    "[cancel_flight(city='Oslo')]",
+    "<function=cancel_flight><parameter=city>Oslo</parameter>",
+]
+UNREAD += ["{'name': 'cancel_flight', 'arguments': {}}", '{"action": "cancel_flight"}']
+
+
+@pytest.mark.parametrize("text", UNREAD)
+def test_a_label_in_a_form_that_is_not_read_is_refused(text):
+    turns = [*ASKED, {"role": "assistant", "content": text}]
+    with pytest.raises(ttsi.InputError, match="hold the label"):
+        ttsi.to_sample(record(turns, call=OSLO_CALL))
+    said = [*ASKED, {"role": "assistant", "content": "The cancel_flight tool does it."}]
+    assert len(ttsi.to_sample(record(said, call=OSLO_CALL))["messages"]) == 2, "this is prose"
+
+
+def test_a_result_that_looks_like_a_call_is_no_label():
+    for role in ("tool", "function", "ipython", "observation"):
+        turns = [*EARLIER[:2], {"role": role, "name": "cancel_flight", "content": OSLO_CALL}]
+        sample = ttsi.to_sample(record(turns))
+        assert "call" not in sample and sample["messages"][-1]["role"] == "tool"
+        assert sample["messages"][-1]["content"] == TEXT, "a result may be an object"
+
+
+def test_prompt_and_completion_and_other_names_of_roles():
+    rows = [{"prompt": "drop the Oslo flight"}, {"prompt": ASKED}, {"query": ASKED}]
+    rows += [{"messages": [{"role": "Human", "content": ["drop the Oslo flight"]}]}]
+    answer = [{"role": "assistant", "tool_calls": [{"function": OSLO_CALL}]}]
+    for row in rows:
+        sample = ttsi.to_sample({"id": "r", "tools": FLIGHT, "completion": answer} | row)
+        assert (sample["messages"], sample["call"]) == (ASKED, OSLO_CALL)
+    with pytest.raises(ttsi.InputError, match=r"messages\[0\] must be .*role"):
+        ttsi.to_sample(record([{"role": "narrator", "content": "x"}]))
 
 
 LABELS = [{"call": OSLO_CALL}, {"call": TEXT}, {"answers": [AS_TEXT]}, {"answers": f"[{TEXT}]"}]
@@ -1264,6 +1304,14 @@ VAGUE = [
     {"$ref": "#/x"},
     {"properties": 1},
 ]
+VAGUE += [
+    {"$defs": {"a": {}}},
+    {"properties": {}, "if": {}},
+    {"properties": {"y": {"enum": [None]}, "x": {}}},
+]
+VAGUE += [{"properties": {"x": {"type": []}, "y": {"enum": []}}}]
+VAGUE += [{"properties": {"x": {}, "y": {}, "z": {"type": ["string", "null"]}}, "required": ["z"]}]
+VAGUE += [{"properties": {"x": {}, "y": {}, "z": {"nullable": True}}, "required": ["z"]}]
 VAGUE += [{"allOf": [SCHEMA]}, SCHEMA | {"anyOf": []}, {"properties": {"x": True, "y": {}}}]
 VAGUE += [{"type": "object", "properties": {}, "additionalProperties": {}}]
 VAGUE += [{"properties": {"x": {"$ref": "#"}, "y": {"type": ["any"]}}, "required": ["x", "z", 1]}]
@@ -1306,7 +1354,7 @@ def test_the_files_form_changes_nothing(tmp_path):
 PLACES = [({"tools": [FLIGHT[0], {"parameters": {}}]}, r"tools\[1\]: no \"name\"")]
 PLACES += [({"messages": [*ASKED, {"content": "x"}]}, r"messages\[1\]")]
 PLACES += [({"messages": user([{"type": "image_url"}])}, r"messages\[0\].*content.*text")]
-PLACES += [({"messages": [*ASKED, {"role": "a", "tool_calls": [{}]}]}, r"messages\[1\]: a call")]
+PLACES += [({"messages": [*ASKED, {"role": "gpt", "tool_calls": [{}]}]}, r"messages\[1\]: a call")]
 
 
 @pytest.mark.parametrize("change,place", PLACES)
@@ -1330,6 +1378,8 @@ SPELLED += ['{"function": {"name": "f", "arguments": {"x": true, "y": null}}}']
 def test_an_answer_means_what_it_says(text):
     gold = {"call": {"name": "f", "arguments": {"x": True}}, "accept": {"x": ["no"]}}
     assert ttsi.grade(text, gold) == {"name": True, "call": True}, "a label is right by itself"
+    for other in ('{"name": 7} ' + text, '{"city": {"name": "Bob"}} ' + text):
+        assert ttsi.grade(other, gold)["call"], "an object that is no call is passed over, whole"
     text = '{"name": "f", "arguments": {"x": "say True, or None"}}'
     assert ttsi.parse(text)[0]["arguments"]["x"] == "say True, or None", "inside of a string"
 
@@ -1340,6 +1390,7 @@ def test_a_copy_of_any_turn_is_refused_whatever_stands_around_it(tok):
     turns = [*user(first), {"role": "assistant", "content": "When?"}, *user("On Monday")]
     x = ttsi.prepare(tok, record(turns), FIRST)
     texts = [first, "Hello! " + first, "on monday", f"user: {first}\nassistant: When?"]
+    texts += [first.replace("Please", "\uff30lease"), "Q: " + first.upper()]
     for text, free in [(text, False) for text in texts] + [("On Monday morning", True)]:
         for cfg in (FIRST, config(check=False)):
             verdict = ttsi.fault({"request": text, "call": OSLO_CALL}, [], x, cfg)
@@ -1372,6 +1423,7 @@ def test_a_draft_that_says_a_key_twice_or_writes_on_is_a_fault(llama, tok, end):
 
 ENDS = [('{"name": "f', True), ("Sure! " * 50, True), ("Sure! ", False), ('{"call": {"na', False)]
 ENDS += [('{ "req', False), ('{"request": "x", "call": 7}', True), ('{"call": nonsense, ', True)]
+ENDS += [('{"call": {"name": "f", "arguments": {"x": True, "y": None}}, "re', False)]
 ENDS += [("{x y", True), ("{", False), ('{"call": {}}', True), ('{"request": "so {', False)]
 
 
@@ -1421,7 +1473,7 @@ EARLIER = [
     *user("book it"),
     {"role": "assistant", "content": "", "tool_calls": [{"function": AS_TEXT}]},
 ]
-EARLIER += [{"role": "tool", "content": '{"ok": 1}'}]
+EARLIER += [{"role": "tool", "content": '{"ok": 1}', "tool_call_id": "call_1"}]
 
 
 def is_native(tok):
@@ -1477,6 +1529,11 @@ def test_a_real_template_with_tools(real):
     assert "book_flight" in real.decode(x.ids[: x.head]), "one prefix of tools serves all stages"
     answer = '<tool_call>\n{"name": "cancel_flight", "arguments": {"city": "Rome"}}\n</tool_call>'
     assert ttsi.grade(answer, SAMPLES[1]) == {"name": True, "call": True}
+    said = [*user("cancel it"), {"role": "assistant", "content": "I will."}]
+    assert (
+        ttsi.prepare(real, record(said), FIRST).ids
+        == ttsi.prepare(real, record(said[:1]), FIRST).ids
+    )
     ours = ttsi.prepare(real, SAMPLES[1], config(prompt="ours"))
     assert "<tools>" not in real.decode(ours.ids), "--prompt ours"
 

@@ -30,6 +30,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 from collections import Counter
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -231,20 +232,19 @@ def fault(pair, before, x, cfg):
     except InputError as e:  # the chat template refuses it, or it exceeds the context
         return str(e)
     rules, required, complete = schema_of(x.tools, pair["call"]["name"])
-    rule = {key: rules.get(key, {}) for key, value in arguments.items() if isinstance(value, str)}
-    free = [k for k in rule if "enum" not in rule[k] and rule[k].get("type", "string") == "string"]
+    free = [key for key in arguments if not rules.get(key, {}).get("enum")]
+    free = [key for key in free if "str" in str(rules.get(key, {}).get("type", "string")).lower()]
+    texts = [arguments[key].casefold() for key in free if isinstance(arguments[key], str)]
     typed = [fits(value, rules[key]) for key, value in arguments.items() if key in rules]
     earlier = [words(draft["pair"]["request"]) for draft in before if draft["pair"]]
-    said = f" {' '.join(words(request))} "
-    turns = [f" {' '.join(words(text))} " for text in x.asked]
     faults = {
         "tool not on offer": pair["call"]["name"] not in [tool["name"] for tool in x.tools],
         "required argument missing": not required <= arguments.keys(),
         "unknown argument": complete and not arguments.keys() <= rules.keys(),
         "wrong type or not in enum": not all(typed),
-        "copy of the request": any(t == said or (len(t) > 20 and t in said) for t in turns),
+        "copy of the request": any(copies(request, text) for text in x.asked),
         "written before": words(request) in earlier,
-        BEHIND: any(arguments[k].strip().casefold() not in request.casefold() for k in free),
+        BEHIND: any(text.strip() not in request.casefold() for text in texts),
     }
     if not cfg.check:  # --pairs may hold x, and its label
         faults = {"copy of the request": faults["copy of the request"]}
@@ -257,8 +257,8 @@ TYPES |= {"boolean": '"(true|false)"', "null": '"null"', "object": r"\{.*", "arr
 
 def fits(value, rule):
     """Is a value of a type, and in the enum, that its rule names? As for `grade`, 5 is "5"."""
-    value, kinds, enum = canonical(value), rule.get("type"), rule.get("enum")
-    if isinstance(value, str) and isinstance(enum, list):
+    value, kinds, enum = canonical(value), rule.get("type") or "any", rule.get("enum")
+    if isinstance(value, str) and isinstance(enum, list) and any(enum):
         return value.casefold() in [str(canonical(v)).casefold() for v in enum]
     wanted = [
         TYPES.get(str(kind), ".*") for kind in (kinds if isinstance(kinds, list) else [kinds])
@@ -272,7 +272,13 @@ WORD = re.compile(rf"[{BLANKLESS}]|[^\W{BLANKLESS}]+")
 
 
 def words(text):
-    return WORD.findall(text.casefold())
+    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def copies(request, text):
+    """Are a text's words those of a request, or, if they are three and more, a part of these?"""
+    said, part = words(request), words(text)
+    return said == part or (len(part) > 2 and f" {' '.join(part)} " in f" {' '.join(said)} ")
 
 
 def closest(drafts, request):
@@ -427,11 +433,13 @@ SYSTEM = (
     'Answer the request with one tool call, a JSON object {"name": ..., "arguments": {...}} and'
     " nothing else. Tools:\n"
 )
+ID = "000000000"  # of every call: some templates want one of nine characters
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n\n{% endfor %}Answer:"
 RENDER = {"tokenize": False, "enable_thinking": False, "date_string": "01 January 2026"}
-DAY = [f"| replace('%{c}', '{date(2026, 1, 1):%{c}}')" for c in "aAbBdHIjmMpSyY"]
+DAY = [f"| replace('%{c}', '{date(2026, 1, 1):%{c}}')" for c in "aAbBdeHIjmMpSyY"]
 PINNED = "{% macro strftime_now(f) %}{{ f" + "".join(DAY) + " }}{% endmacro %}\n"  # also tomorrow
-PROBE = {"name": "look_up", "parameters": {"type": "object", "properties": {"word": {}}}}
+PROBE = {"type": "object", "properties": {"word": {"type": "string", "description": "a word"}}}
+PROBE = {"name": "look_up", "description": "Looks up.", "parameters": PROBE | {"required": []}}
 
 
 def turn(role, content, **more):
@@ -452,8 +460,8 @@ def prepare(tok, sample, cfg):
     x.ids = read_prompt(tok, cfg, tools, messages)
     another = read_prompt(tok, cfg, tools, [*x.own, turn("user", "-")])
     x.head = len(os.path.commonprefix([x.ids[:-1], another]))  # the tools, where they come first
-    prompt, zero = render(tok, cfg, tools, messages, {"name": "0", "arguments": {}})
-    _, one = render(tok, cfg, tools, messages, {"name": "1", "arguments": {}})
+    prompt, zero = render(tok, cfg, tools, messages, {"name": "0", "arguments": {"x": 1}})
+    _, one = render(tok, cfg, tools, messages, {"name": "1", "arguments": {"x": 1}})
     opening = os.path.commonprefix([zero, one])
     x.candidates = []  # N spans: each name and its closing quote, as tokenised in a whole answer
     for tool in tools:
@@ -497,12 +505,12 @@ def render(tok, cfg, tools, messages, call=None):
     calls (native), or ours: tools and request as text. A system turn may have to be folded."""
     native = cfg.prompt == "native" or (cfg.prompt == "auto" and takes_tools(tok))
     how = RENDER | {"tools": [{"type": "function", "function": tool} for tool in tools]}
+    if native and messages[-1]["role"] == "assistant":  # what announces a call: it would be closed
+        messages = messages[:-1]
     if not native:
         how["tools"] = None
         system = SYSTEM + "\n".join(dumps(tool) for tool in tools)
         messages = [turn("system", system), turn("user", user_text(messages))]
-    template = tok.get_chat_template(tools=how["tools"]) if tok.chat_template else PLAIN
-    how["chat_template"] = PINNED + template
     first, *others = messages
     forms = [messages]
     if first["role"] == "system" and others:
@@ -510,10 +518,12 @@ def render(tok, cfg, tools, messages, call=None):
         forms.append([others[0] | {"content": folded}, *others[1:]])
     shown = [tool["name"] for tool in tools]
     shown += [message["content"] for message in messages if message["role"] in ("system", "user")]
-    called = {"id": "000000000", "type": "function", "function": call}  # some want a long id
+    called = {"id": ID, "type": "function", "function": call}
     why = "it does not show tools and request"
     for form in forms:
         try:
+            template = tok.get_chat_template(tools=how["tools"]) if tok.chat_template else PLAIN
+            how["chat_template"] = PINNED + template
             prompt = tok.apply_chat_template(form, add_generation_prompt=True, **how)
             whole = prompt + dumps(call)
             if native and call:
@@ -581,7 +591,7 @@ def once(items):
     return present(items)
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=present)
+DECODER = json.JSONDecoder(object_pairs_hook=present, strict=False)  # of what a model wrote
 STRICT = json.JSONDecoder(object_pairs_hook=once)
 dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
 
@@ -601,19 +611,27 @@ def decoded(value):
     return value
 
 
+def jsonlike(text):
+    """Python's True, False and None, outside of strings, as JSON's; of the same length."""
+    python = {"True": "true", "False": "false", "None": "null"}
+    skip = r'"(?:\\.|[^"\\])*"|\b(?:True|False|None)\b'
+    return re.sub(skip, lambda found: python.get(found[0], found[0]), text)
+
+
 def parse(text, decoder=DECODER):
     """-> (the first JSON object in a model's text that is a call or a pair, what follows it); {}
     is none. One still open is not searched inside, or a draft would end with its call."""
-    python = {"True": "true", "False": "false", "None": "null"}
-    skip = r'"(?:\\.|[^"\\])*"|\b(?:True|False|None)\b'  # strings stay
-    text = re.sub(skip, lambda found: python.get(found[0], found[0]), text)
-    for brace in re.finditer("{", text):
-        if unfinished(text, brace.start()):
-            break
+    text = jsonlike(text)
+    at = text.find("{")
+    while at >= 0 and not unfinished(text, at):
+        end = at + 1
         with suppress(ValueError, RecursionError):
-            value, end = decoder.raw_decode(text, brace.start())
-            if "name" in value or value.keys() >= {"call", "request"}:
+            value, end = decoder.raw_decode(text, at)
+            if isinstance(value.get("name"), str) or value.keys() >= {"call", "request"}:
                 return sound(value), text[end:].strip()
+            if value.keys() & {"call", "function", "tool_calls"}:
+                end = at + 1  # it is inside
+        at = text.find("{", end)
     return {}, ""
 
 
@@ -633,6 +651,7 @@ def unfinished(text, start):
 
 def hopeless(text):
     """Can a draft not become a pair any more? Its first brace comes soon, and opens the pair."""
+    text = jsonlike(text)
     opening = re.search(r'{\s*("\w*)?', text)
     if not opening:
         return len(text) > 200  # characters
@@ -645,7 +664,7 @@ def to_call(value):
     """-> {name, arguments}, or None, of what APIs and models write; arguments may be JSON text."""
     with suppress(AttributeError):  # no object
         call = decoded(value)
-        call = call.get("function") or call
+        call = decoded(call.get("function")) or call
         given = call.get("arguments") or call.get("parameters") or call.get("input")
         arguments = decoded(given) or {}
         if isinstance(call.get("name"), str) and isinstance(arguments, dict):
@@ -659,51 +678,69 @@ def schema_of(tools, name):
     schema = next((tool.get("parameters") for tool in tools if tool["name"] == name), None)
     schema = schema if isinstance(schema, dict) else {}
     rules, required = schema.get("properties"), schema.get("required")
-    beyond = {"$ref", "allOf", "anyOf", "oneOf", "patternProperties"} & schema.keys()
-    if not isinstance(rules, dict) or beyond:
+    beyond = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties"}
+    if not isinstance(rules, dict) or beyond & schema.keys():
         return {}, set(), False
     rules = {key: rule if isinstance(rule, dict) else {} for key, rule in rules.items()}
-    required = rules.keys() & set(map(str, required if isinstance(required, list) else []))
-    return rules, required, schema.get("additionalProperties", False) is False
+    listed = rules.keys() & set(map(str, required if isinstance(required, list) else []))
+    listed -= {key for key, rule in rules.items() if "null" in f"{rule.get('type')} {list(rule)}"}
+    return rules, listed, schema.get("additionalProperties", False) is False
 
 
 def to_tool(tool, place):
     """-> {name, parameters, ...} of what OpenAI, MCP, Anthropic or xLAM calls a tool."""
     tool = decoded(tool)
-    tool = tool.get("function", tool) if isinstance(tool, dict) else {}
+    tool = decoded(tool.get("function", tool)) if isinstance(tool, dict) else {}
     right = isinstance(tool, dict) and isinstance(tool.get("name"), str) and tool["name"]
     need(right, f'{place}: no "name"; give {{"name": ..., "parameters": JSON schema}}')
     tool = {"parameters" if k in ("inputSchema", "input_schema") else k: tool[k] for k in tool}
     schema = decoded(tool.get("parameters"))
-    rules = schema.values() if isinstance(schema, dict) else ()
-    if rules and "properties" not in schema and all(isinstance(rule, dict) for rule in rules):
-        required = [key for key, rule in schema.items() if rule.get("required") is True]
-        schema = {"type": "object", "properties": schema, "required": required}
+    rules = schema if isinstance(schema, dict) and "properties" not in schema else {}
+    if rules and all(isinstance(rules[key], dict) and key[:1] != "$" for key in rules):
+        required = [key for key in rules if rules[key].get("required") is True]
+        schema = {"type": "object", "properties": rules, "required": required}
     return tool if schema is None else tool | {"parameters": schema}
+
+
+ROLES = {
+    "system": "system developer",
+    "user": "user human",
+    "assistant": "assistant model gpt agent",
+}
+ROLES |= {"tool": "tool function ipython observation tool_response"}  # as they are called elsewhere
 
 
 def to_message(message, place):
     """-> {role, content, ...} as chat templates take it: text, and calls with their arguments."""
-    right = isinstance(message, dict) and isinstance(message.get("role"), str)
-    need(right, f'{place} must be {{"role": ..., "content": text}}')
-    parts = message.get("content") or ""
-    parts = parts if isinstance(parts, list) else [{"text": parts}]
-    text = all(isinstance(part.get("text"), str) for part in parts)
-    need(text, f'{place}: its "content" must be text')
-    calls = decoded(message.get("tool_calls")) or []
-    calls += [message["function_call"]] if "function_call" in message else []
-    calls = [{"id": "000000000", "type": "function", "function": to_call(call)} for call in calls]
-    need(all(call["function"] for call in calls), f"{place}: a call without name or arguments")
-    message = {key: message[key] for key in message if key not in ("tool_calls", "function_call")}
-    message["content"] = "\n".join(part["text"] for part in parts)
-    return message | ({"tool_calls": calls} if calls else {})
+    message = dict(message) if isinstance(message, dict) else {}
+    role = [r for r, names in ROLES.items() if str(message.get("role")).lower() in names.split()]
+    need(role, f'{place} must be {{"role": {" or ".join(ROLES)}, "content": text}}')
+    parts = message.get("content", "")
+    parts = [parts] if isinstance(parts, (str, dict)) else parts
+    texts = [part if isinstance(part, str) else part.get("text") for part in parts]
+    if role == ["tool"]:
+        texts = [
+            t if isinstance(t, str) else dumps(part) for t, part in zip(texts, parts, strict=True)
+        ]
+    need(all(isinstance(t, str) for t in texts), f'{place}: its "content" must be text')
+    calls = decoded(message.pop("tool_calls", "")) or message.pop("function_call", None) or []
+    calls = [to_call(call) for call in (calls if isinstance(calls, list) else [calls])]
+    need(all(calls), f"{place}: a call without name or arguments")
+    message |= {"role": role[0], "content": "\n".join(texts)}
+    for key in {"tool_call_id", "function_call"} & message.keys():
+        message[key] = ID
+    if calls:
+        message["tool_calls"] = [{"id": ID, "type": "function", "function": c} for c in calls]
+    return message
 
 
 def calls_in(message, names):
-    """The calls that a message of the model holds, as `tool_calls` or as JSON text."""
+    """The calls that a message of the model holds: `tool_calls`, or else JSON text."""
     calls = [call["function"] for call in message.get("tool_calls", [])]
-    value, text = parse(message["content"])
-    while value and message["role"] not in ("system", "user", "tool"):
+    if calls or message["role"] != "assistant":
+        return calls
+    value, text = parse(message["content"].rpartition("</think>")[2])
+    while value:
         calls += [call for call in [to_call(value)] if call and call["name"] in names]
         value, text = parse(text)
     return calls
@@ -718,9 +755,19 @@ def to_sample(record):
     tools = [to_tool(tool, f"tools[{n}]") for n, tool in enumerate(tools)]
     names = [tool["name"] for tool in tools]
     need(len(set(names)) == len(names), f"a tool twice: {sorted(names)}")
-    said = decoded(record["messages"]) if "messages" in record else record.get("query", "")
-    said = [turn("user", said)] if isinstance(said, str) else said
+    said = []  # messages; or a prompt and its completion, or a query, of text or messages
+    for key, role in (
+        ("messages", "user"),
+        ("query", "user"),
+        ("prompt", "user"),
+        ("completion", "assistant"),
+    ):
+        value = record.get(key, [])
+        value = decoded(value) if isinstance(decoded(value), list) else value
+        said += value if isinstance(value, list) else [turn(role, value)]
     messages = [to_message(message, f"messages[{n}]") for n, message in enumerate(said)]
+    while messages and not messages[-1]["content"].strip() and "tool_calls" not in messages[-1]:
+        messages.pop()
     labels = decoded(record.get("call") or record.get("answers") or record.get("tool_calls")) or []
     labels = [to_call(label) for label in (labels if isinstance(labels, list) else [labels])]
     answered = calls_in(messages[-1], names) if messages else []
@@ -728,14 +775,18 @@ def to_sample(record):
     one = len(labels) < 2 and len(answered) < 2
     need(one, "several calls as the label: one input has one call here")
     call = next(iter(labels + answered), None)
-    need(all(other == call for other in answered), '"call" and that of the last message differ')
     right = not labels + answered or (call and call["name"] in names)
     need(right, f'"call" must be {{"name": ..., "arguments": {{...}}}} for one of {names}')
+    same = all(canonical(other) == canonical(call) for other in answered)
+    need(same, '"call" and that of the last message differ')
     asked = [n for n, message in enumerate(messages) if message["role"] == "user"]
-    later = [c for m in messages[max(asked, default=0) :] for c in calls_in(m, names)]
-    need(not call or call not in later, "the messages hold the label; end them before it")
-    right = any(message["content"].strip() for message in messages)
-    need(right, 'no request; give "messages": [{"role": "user", "content": "..."}]')
+    for message in messages[max(asked, default=0) :]:
+        held = call and canonical(call) in map(canonical, calls_in(message, names))
+        if call and message["role"] == "assistant":  # in a form that is not read
+            forms = "{}(", "={}", "'{}'", '"{}"'
+            held = held or any(f.format(call["name"]) in message["content"] for f in forms)
+        need(not held, "the messages hold the label; end them before it")
+    need(messages, 'no request; give "messages": [{"role": "user", "content": "..."}]')
     accept = record.get("accept", {})
     right = all(isinstance(values, list) for values in accept.values())
     need(right, '"accept" must be {argument: [acceptable values]}')
@@ -749,7 +800,7 @@ def read_jsonl(path, convert):
     try:
         text = Path(path).read_text("utf-8-sig")
         array = text.lstrip().startswith("[")
-        lines = map(dumps, DECODER.decode(text)) if array else text.split("\n")
+        lines = map(dumps, STRICT.decode(text)) if array else text.split("\n")
         for number, line in enumerate(lines, 1):
             if line.strip():
                 record = sound(STRICT.decode(line))
@@ -780,14 +831,17 @@ def canonical(value, levels=100):
 def grade(text, sample):
     """-> {"name": right tool?, "call": and right arguments?}; `accept` allows other values."""
     answer, gold, accept = parse(text)[0], sample["call"], sample.get("accept")
-    name, call = answer.get("name") == gold["name"], to_call(answer)
+    call = to_call(answer)
+    name = (call or answer).get("name") == gold["name"]
     if not name or not call:
         return {"name": name, "call": False}
     given = canonical(call["arguments"])
     right = given == canonical(gold["arguments"])
     if accept and not right:
         right = all(value in canonical(accept.get(key, [])) for key, value in given.items())
-        right = right and all(key in given or "" in accept[key] for key in accept)
+        right = right and all(
+            key in given or "" in accept[key] or None in accept[key] for key in accept
+        )
     return {"name": name, "call": right}
 
 
@@ -936,7 +990,7 @@ def run(cfg):
     samples = read_jsonl(cfg.data, to_sample)
     need(cfg.trace in ("", *samples), f"--trace {cfg.trace}: {cfg.data} has no sample of this id")
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
-    pairs = read_jsonl(cfg.pairs, lambda r: list(r.get("pairs") or [])) if cfg.pairs else {}
+    pairs = read_jsonl(cfg.pairs, lambda r: decoded(r.get("pairs")) or []) if cfg.pairs else {}
     right = not pairs or any(map(pairs.get, ids)) and not cfg.teacher
     need(right, f"--pairs {cfg.pairs}: no pairs for any sample, or a --teacher beside them")
     model, tok = load(cfg.model, cfg)
