@@ -13,7 +13,7 @@
 
 Departures from the paper, and choices where it is silent (--paper sets everything that it states):
  1. Of four drafts at a time, those that pass label-free checks (--check); the closest to x is used.
- 2. A pair is written call first. A copy of x is never trained on.
+ 2. A pair is written call first. A copy of x is never trained on. Prompts: see --prompt.
  3. SGD along the normalised gradient (--optimizer; the paper's 1e-4 read as AdamW's). No warm-up.
  4. The LoRA acts behind the tools only (--adapt suffix): one cache of the tools serves every stage.
  5. Tools are offered in a seeded order (--shuffle): benchmarks list the right one first.
@@ -260,10 +260,8 @@ def fits(value, rule):
     value, kinds, enum = canonical(value), rule.get("type") or "any", rule.get("enum")
     if isinstance(value, str) and isinstance(enum, list) and any(enum):
         return value.casefold() in [str(canonical(v)).casefold() for v in enum]
-    wanted = [
-        TYPES.get(str(kind), ".*") for kind in (kinds if isinstance(kinds, list) else [kinds])
-    ]
-    return any(re.fullmatch(kind, dumps(value), re.S) for kind in wanted)
+    forms = [TYPES.get(str(k), ".*") for k in (kinds if isinstance(kinds, list) else [kinds])]
+    return any(re.fullmatch(form, dumps(value), re.S) for form in forms)
 
 
 # In scripts without blanks (Thai to Khmer, kana, Han) each character is a word.
@@ -435,9 +433,10 @@ SYSTEM = (
 )
 ID = "000000000"  # of every call: some templates want one of nine characters
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n\n{% endfor %}Answer:"
+# No thinking, and one date for all days.
 RENDER = {"tokenize": False, "enable_thinking": False, "date_string": "01 January 2026"}
 DAY = [f"| replace('%{c}', '{date(2026, 1, 1):%{c}}')" for c in "aAbBdeHIjmMpSyY"]
-PINNED = "{% macro strftime_now(f) %}{{ f" + "".join(DAY) + " }}{% endmacro %}\n"  # also tomorrow
+PINNED = "{% macro strftime_now(form) %}{{ form" + "".join(DAY) + " }}{% endmacro %}\n"
 PROBE = {"type": "object", "properties": {"word": {"type": "string", "description": "a word"}}}
 PROBE = {"name": "look_up", "description": "Looks up.", "parameters": PROBE | {"required": []}}
 
@@ -505,8 +504,8 @@ def render(tok, cfg, tools, messages, call=None):
     calls (native), or ours: tools and request as text. A system turn may have to be folded."""
     native = cfg.prompt == "native" or (cfg.prompt == "auto" and takes_tools(tok))
     how = RENDER | {"tools": [{"type": "function", "function": tool} for tool in tools]}
-    if native and messages[-1]["role"] == "assistant":  # what announces a call: it would be closed
-        messages = messages[:-1]
+    while native and len(messages) > 1 and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]  # it announces the call; a template would close it
     if not native:
         how["tools"] = None
         system = SYSTEM + "\n".join(dumps(tool) for tool in tools)
@@ -776,7 +775,8 @@ def to_sample(record):
     need(one, "several calls as the label: one input has one call here")
     call = next(iter(labels + answered), None)
     right = not labels + answered or (call and call["name"] in names)
-    need(right, f'"call" must be {{"name": ..., "arguments": {{...}}}} for one of {names}')
+    form = f'{{"name": one of {names}, "arguments": {{...}}}}'
+    need(right, f'"call" must be {form}, not {dumps(call or record.get("call"))[:80]}')
     same = all(canonical(other) == canonical(call) for other in answered)
     need(same, '"call" and that of the last message differ')
     asked = [n for n, message in enumerate(messages) if message["role"] == "user"]
