@@ -598,7 +598,7 @@ CHECKS += [("book_flight", OSLO | {"days": 3}, "3 days in OSLO", "")]
 CHECKS += [("cancel_hotel", OSLO, "drop the Oslo flight", "tool not on offer")]
 CHECKS += [("cancel_flight", OSLO | {"x": 1}, "drop Oslo", "unknown argument")]
 CHECKS += [("book_flight", OSLO | {"days": True}, "Oslo true", "wrong type or not in enum")]
-CHECKS += [("cancel_flight", {"city": "Lima"}, "drop Oslo", ttsi.BEHIND)]
+CHECKS += [("cancel_flight", {"city": "Lima"}, "drop Oslo", ttsi.UNSAID)]
 CHECKS += [("cancel_flight", {"city": "Rome"}, COPY, "copy of the request")]
 CHECKS += [("cancel_flight", {"city": "Bern"}, "no flight to Bern", "written before")]
 CHECKS += [("pick", {"size": "huge"}, "a huge one", "wrong type or not in enum")]
@@ -1407,7 +1407,7 @@ def test_a_pair_with_an_invented_value_comes_behind_the_others(llama, tok):
     texts = [pair("cancel my flight, please", "cancel_flight", city="Lima")]
     texts += [pair("drop what goes to Oslo", "cancel_flight", city="Oslo")]
     got = run(llama, tok, SAMPLES[1:2], {"b": texts}, k=2, check=True)["b"]
-    assert [d["verdict"] for d in got["drafts"]] == [ttsi.BEHIND, "kept"]
+    assert [d["verdict"] for d in got["drafts"]] == [ttsi.UNSAID, "kept"]
     assert got["pairs"] == texts[::-1], "not behind, though it is closer"
 
 

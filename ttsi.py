@@ -18,7 +18,8 @@ Departures from the paper, and choices where it is silent (--paper sets everythi
  4. The LoRA acts behind the tools only (--adapt suffix): one cache of the tools serves every stage.
  5. Tools are offered in a seeded order (--shuffle): benchmarks list the right one first.
 
-N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. A span (ids, begin) is ids[begin:].
+N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. In a span (ids, begin),
+ids[begin:] is scored behind ids[:begin].
 """
 
 import dataclasses
@@ -63,9 +64,7 @@ class Config:
     trace: str = flag("", "tell the sample of this id step by step")
     seed: int = flag(0, "of drafts, LoRA initialisation and candidate order")
     device: str = flag("auto", "a torch device; auto: cuda, else mps, else cpu")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "auto: on a cpu float32"
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: float32 on cpu")
     prompt: Literal["auto", "native", "ours"] = flag(
         "auto", "tools as the chat template shows them (native), or as text (ours); auto: if it can"
     )
@@ -126,7 +125,7 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
     with stage("score", model):  # H: l_n = log P(a_n | x)
         result.logp = score(x, after_prompt)
     result.margin = margin(result.logp)  # u = p(1) - p(2)
-    if not result.margin < cfg.tau:  # nan is neither
+    if not result.margin < cfg.tau:  # certain, or nan: to compare with it is false
         return by_base("certain" if result.margin >= cfg.tau else "score not finite")
 
     with stage("generate", teacher[0] if teacher else model):  # G: (x', y') ~ P( . | x)
@@ -135,9 +134,10 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
     if not result.pairs:
         return by_base("no pair")
     spans = [pair_span(x, pair) for pair in result.pairs]
-    head = x.ids[: x.head if cfg.adapt == "suffix" else 0]
+    head = x.ids[: x.head] if cfg.adapt == "suffix" else []
     shared = os.path.commonprefix([head, *(ids for ids, _ in spans)])  # tokens may merge at its end
-    frozen = Prefix(model, shared, after_tools)  # the LoRA acts behind it
+    with stage("train", model):
+        frozen = Prefix(model, shared, after_tools)  # the LoRA acts behind it
     with temporary_lora(model, cfg, draw(cfg.seed, x.id, "adapter")) as lora:
         with stage("train", model):  # T: theta' = theta + LoRA, trained on (x', y')
             result.loss = train(spans, frozen, lora, cfg)
@@ -183,43 +183,40 @@ DRAFT = (
     ' call, as a JSON object {"call": {"name": ..., "arguments": {...}}, "request": "..."} and'
     " nothing else.\n\n"
 )
+UNSAID = "a value is not in the request"  # it may be written otherwise there: used as a last resort
 
 
 def generate(model, tok, x, after_tools, cfg, supplied=None):
-    """G. -> drafts [{text, verdict, pair}] that the model, or a teacher, writes until K pass."""
+    """G. -> drafts [{text, verdict, pair}] of the model, or a teacher, written until K are kept."""
     drafts = []
     for pair in supplied or []:  # they were written elsewhere
         drafts.append(judge(dumps(pair), drafts, x, cfg))
     if supplied is not None:
         return drafts
     try:
-        ids = read_prompt(tok, cfg, x.tools, [*x.own, turn("user", DRAFT + x.request)])
+        ids = read_prompt(tok, cfg, x.tools, [*x.system, turn("user", DRAFT + x.request)])
     except InputError as e:
         return [{"text": "", "verdict": str(e), "pair": None}]
     asked = Prefix(model, ids[:-1], after_tools)
     kept = 0
     while kept < cfg.k and len(drafts) < cfg.attempts * cfg.drafts:
-        draws = [draw(cfg.seed, x.id, "draft", len(drafts) + i) for i in range(cfg.drafts)]
-        uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=g) for g in draws])
+        seeded = [draw(cfg.seed, x.id, "draft", len(drafts) + i) for i in range(cfg.drafts)]
+        uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=g) for g in seeded])
         for text in write(tok, ids, asked, cfg, uniform, hopeless):
             drafts.append(judge(text, drafts, x, cfg))
             kept += drafts[-1]["verdict"] == "kept"
     return drafts
 
 
-BEHIND = "a value is not in the request"  # it may be written otherwise there: the last to be used
-
-
 def judge(text, before, x, cfg):
     """-> a draft {text, verdict, pair or None}; `before` are the drafts before it."""
     draft = {"text": text, "verdict": "no JSON object with a request and a call", "pair": None}
-    value, behind = parse(text, STRICT)
+    value, rest = parse(text, STRICT)
     request, call = value.get("request"), to_call(value.get("call"))
-    if isinstance(request, str) and request.strip() and call and not behind:
+    if isinstance(request, str) and request.strip() and call and not rest:
         pair = {"request": request.strip(), "call": call}
         draft["verdict"] = fault(pair, before, x, cfg) or "kept"
-        if draft["verdict"] in ("kept", BEHIND):
-            draft["pair"] = pair
+        draft["pair"] = pair if draft["verdict"] in ("kept", UNSAID) else None
     return draft
 
 
@@ -244,7 +241,7 @@ def fault(pair, before, x, cfg):
         "wrong type or not in enum": not all(typed),
         "copy of the request": any(copies(request, text) for text in x.asked),
         "written before": words(request) in earlier,
-        BEHIND: any(text.strip() not in request.casefold() for text in texts),
+        UNSAID: any(text.strip() not in request.casefold() for text in texts),
     }
     if not cfg.check:  # --pairs may hold x, and its label
         faults = {"copy of the request": faults["copy of the request"]}
@@ -253,20 +250,18 @@ def fault(pair, before, x, cfg):
 
 TYPES = {"string": '".*"', "integer": r'"[-+]?\d+"', "number": r'"[-+]?[\d.]+(e[-+]?\d+)?"'}
 TYPES |= {"boolean": '"(true|false)"', "null": '"null"', "object": r"\{.*", "array": r"\[.*"}
-
-
-def fits(value, rule):
-    """Is a value of a type, and in the enum, that its rule names? As for `grade`, 5 is "5"."""
-    value, kinds, enum = canonical(value), rule.get("type") or "any", rule.get("enum")
-    if isinstance(value, str) and isinstance(enum, list) and any(enum):
-        return value.casefold() in [str(canonical(v)).casefold() for v in enum]
-    forms = [TYPES.get(str(k), ".*") for k in (kinds if isinstance(kinds, list) else [kinds])]
-    return any(re.fullmatch(form, dumps(value), re.S) for form in forms)
-
-
 # In scripts without blanks (Thai to Khmer, kana, Han) each character is a word.
 BLANKLESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{BLANKLESS}]|[^\W{BLANKLESS}]+")
+
+
+def fits(value, rule):
+    """Is a value in the enum of its rule, or else of its type? As for `grade`, 5 is "5"."""
+    value, kinds, enum = canonical(value), rule.get("type") or "any", rule.get("enum")
+    if isinstance(value, str) and isinstance(enum, list) and set(map(str, enum)) - {"None"}:
+        return value.casefold() in [str(canonical(v)).casefold() for v in enum]
+    forms = [TYPES.get(str(k), ".*") for k in (kinds if isinstance(kinds, list) else [kinds])]
+    return any(re.fullmatch(form, dumps(value), re.S) for form in forms)
 
 
 def words(text):
@@ -280,17 +275,17 @@ def copies(request, text):
 
 
 def closest(drafts, request):
-    """-> the pairs that passed: first what was kept, then what shares most words with x, rare
-    ones weighing more."""
-    passed = [draft for draft in drafts if draft["pair"]]
-    found = Counter(word for draft in passed for word in set(words(draft["pair"]["request"])))
-    weight = {w: math.log((len(passed) + 1) / (found[w] + 1)) for w in words(request)}
+    """-> the usable pairs: the kept first, of these first what shares most words with x, where
+    rare ones weigh more."""
+    usable = [draft for draft in drafts if draft["pair"]]
+    found = Counter(word for draft in usable for word in set(words(draft["pair"]["request"])))
+    weight = {w: math.log((len(usable) + 1) / (found[w] + 1)) for w in words(request)}
 
-    def rank(draft):
+    def nearness(draft):
         here = words(draft["pair"]["request"])
         return draft["verdict"] == "kept", sum(v for word, v in weight.items() if word in here)
 
-    return [draft["pair"] for draft in sorted(passed, key=rank, reverse=True)]  # stable
+    return [draft["pair"] for draft in sorted(usable, key=nearness, reverse=True)]  # stable
 
 
 # ----------------------------------------------------------------------- T: self-improvement
@@ -316,7 +311,7 @@ def temporary_lora(model, cfg, generator):
             B = torch.zeros(r, W.shape[1], device=model.device, requires_grad=True)  # (r, d_out)
 
             def add(layer, inputs, y, A=A, B=B):  # inputs[0] (R, T, d_in), y (R, T, d_out)
-                if isinstance(y, tuple):  # a router
+                if isinstance(y, tuple):  # a router is left as it is
                     return y
                 return (y + cfg.lora_alpha / r * (inputs[0].float() @ A @ B)).to(y.dtype)
 
@@ -400,7 +395,7 @@ def logprob(spans, prefix):
 def write(tok, ids, prefix, cfg, uniform=None, over=lambda text: False):
     """-> [greedy text, up to an end, a call or a pair]; or R texts drawn by uniform (R, tokens),
     that end, too, where they are over(text)."""
-    ends = prefix.model.generation_config.eos_token_id  # alone of that file: no penalties
+    ends = prefix.model.generation_config.eos_token_id  # all that is used of it
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     n = 1 if uniform is None else len(uniform)
     cache, new = prefix.copy(n), torch.tensor([ids[len(prefix.ids) :]] * n)  # (R, T), then (R, 1)
@@ -437,8 +432,9 @@ PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n\n{% endfor %}An
 RENDER = {"tokenize": False, "enable_thinking": False, "date_string": "01 January 2026"}
 DAY = [f"| replace('%{c}', '{date(2026, 1, 1):%{c}}')" for c in "aAbBdeHIjmMpSyY"]
 PINNED = "{% macro strftime_now(form) %}{{ form" + "".join(DAY) + " }}{% endmacro %}\n"
-PROBE = {"type": "object", "properties": {"word": {"type": "string", "description": "a word"}}}
-PROBE = {"name": "look_up", "description": "Looks up.", "parameters": PROBE | {"required": []}}
+WORD_RULE = {"word": {"type": "string", "description": "a word"}}
+PROBE = {"name": "look_up", "description": "Looks a word up.", "parameters": {"type": "object"}}
+PROBE["parameters"] |= {"properties": WORD_RULE, "required": ["word"]}
 
 
 def turn(role, content, **more):
@@ -453,15 +449,15 @@ def prepare(tok, sample, cfg):
         g = draw(cfg.seed, "order", [tool["name"] for tool in tools])
         tools = [tools[i] for i in torch.randperm(len(tools), generator=g)]
     x = SimpleNamespace(id=sample["id"], tools=tools, tok=tok, cfg=cfg)
-    x.own = [m for m in messages if m["role"] == "system"]  # it stands before a pair, too
+    x.system = [m for m in messages if m["role"] == "system"]  # it stands before a pair, too
     x.request = user_text([m for m in messages if m["role"] != "system"])
     x.asked = [m["content"] for m in messages if m["role"] == "user"]
     x.ids = read_prompt(tok, cfg, tools, messages)
-    another = read_prompt(tok, cfg, tools, [*x.own, turn("user", "-")])
+    another = read_prompt(tok, cfg, tools, [*x.system, turn("user", "-")])
     x.head = len(os.path.commonprefix([x.ids[:-1], another]))  # the tools, where they come first
     prompt, zero = render(tok, cfg, tools, messages, {"name": "0", "arguments": {"x": 1}})
     _, one = render(tok, cfg, tools, messages, {"name": "1", "arguments": {"x": 1}})
-    opening = os.path.commonprefix([zero, one])
+    opening = os.path.commonprefix([zero, one])  # up to the name; in zero "0" and the rest follow
     x.candidates = []  # N spans: each name and its closing quote, as tokenised in a whole answer
     for tool in tools:
         text = opening + dumps(tool["name"])[1:-1]
@@ -517,7 +513,7 @@ def render(tok, cfg, tools, messages, call=None):
         forms.append([others[0] | {"content": folded}, *others[1:]])
     shown = [tool["name"] for tool in tools]
     shown += [message["content"] for message in messages if message["role"] in ("system", "user")]
-    called = {"id": ID, "type": "function", "function": call}
+    called = [{"id": ID, "type": "function", "function": call}]
     why = "it does not show tools and request"
     for form in forms:
         try:
@@ -526,7 +522,7 @@ def render(tok, cfg, tools, messages, call=None):
             prompt = tok.apply_chat_template(form, add_generation_prompt=True, **how)
             whole = prompt + dumps(call)
             if native and call:
-                answer = turn("assistant", "", tool_calls=[called])
+                answer = turn("assistant", "", tool_calls=called)
                 whole = tok.apply_chat_template([*form, answer], **how)
         except Exception as e:  # jinja2's own: some templates raise on a system role
             why = " ".join(str(e).split())[:80]
@@ -538,8 +534,8 @@ def render(tok, cfg, tools, messages, call=None):
 
 
 def encode(tok, prompt, rest=""):
-    """-> (token ids, where each ends in prompt + rest), as decoding could set them: the prompt's
-    own tokens first, even where its last character would merge with what follows."""
+    """-> (token ids, where each ends in prompt + rest), as decoding comes by them: first the
+    prompt's own, even where its last character would merge with what follows."""
     out = tok(prompt, add_special_tokens=False, return_offsets_mapping=True)
     ids, ends = out.input_ids, [end for _, end in out.offset_mapping]
     if not rest:
@@ -547,7 +543,7 @@ def encode(tok, prompt, rest=""):
     whole = encode(tok, prompt + rest)
     if whole[0][: len(ids)] == ids:
         return whole
-    more, places = encode(tok, "0" + rest)  # behind nothing, some tokenizers write a blank
+    more, places = encode(tok, "0" + rest)  # 0, cut off again: behind nothing, some write a blank
     n = sum(end <= 1 for end in places)
     return ids + more[n:], ends + [len(prompt) - 1 + end for end in places[n:]]
 
@@ -562,7 +558,7 @@ def read_prompt(tok, cfg, tools, messages):
 
 def pair_span(x, pair):
     """-> span of a pair's call after the prompt of its request."""
-    turns = [*x.own, turn("user", pair["request"])]
+    turns = [*x.system, turn("user", pair["request"])]
     prompt, rest = render(x.tok, x.cfg, x.tools, turns, pair["call"])
     ids, ends = encode(x.tok, prompt, rest)
     need(len(ids) <= x.tok.model_max_length, "exceeds the context")
@@ -639,23 +635,20 @@ def unfinished(text, start):
     try:
         DECODER.raw_decode(text, start)
     except json.JSONDecodeError as e:
-        rest = re.compile(r"[\w.+-]*\s*\Z").match(text, e.pos)
+        rest = re.compile(r"[\w.+-]*\s*\Z").match(text, e.pos)  # it ends in a word or number
         return bool(rest) or e.msg.startswith("Unterminated")
-    except RecursionError:  # so deep that none of it will be read
-        return True
-    except ValueError:
-        pass
+    except (ValueError, RecursionError) as e:
+        return isinstance(e, RecursionError)  # so deep that none of it will be read
     return False
 
 
 def hopeless(text):
     """Can a draft not become a pair any more? Its first brace comes soon, and opens the pair."""
     text = jsonlike(text)
-    opening = re.search(r'{\s*("\w*)?', text)
+    opening = re.search(r'{\s*("\w*|)', text)
     if not opening:
         return len(text) > 200  # characters
-    key = opening[1] or ""
-    begins = '"call"'.startswith(key) or '"request"'.startswith(key)
+    begins = '"call"'.startswith(opening[1]) or '"request"'.startswith(opening[1])
     return not begins or not unfinished(text, opening.start())
 
 
@@ -682,6 +675,7 @@ def schema_of(tools, name):
         return {}, set(), False
     rules = {key: rule if isinstance(rule, dict) else {} for key, rule in rules.items()}
     listed = rules.keys() & set(map(str, required if isinstance(required, list) else []))
+    # What may be null (in the type, or "nullable") need not be there.
     listed -= {key for key, rule in rules.items() if "null" in f"{rule.get('type')} {list(rule)}"}
     return rules, listed, schema.get("additionalProperties", False) is False
 
@@ -701,33 +695,31 @@ def to_tool(tool, place):
     return tool if schema is None else tool | {"parameters": schema}
 
 
-ROLES = {
-    "system": "system developer",
-    "user": "user human",
-    "assistant": "assistant model gpt agent",
-}
+ROLES = dict(system="system developer", user="user human", assistant="assistant model gpt agent")
 ROLES |= {"tool": "tool function ipython observation tool_response"}  # as they are called elsewhere
 
 
 def to_message(message, place):
     """-> {role, content, ...} as chat templates take it: text, and calls with their arguments."""
     message = dict(message) if isinstance(message, dict) else {}
-    role = [r for r, names in ROLES.items() if str(message.get("role")).lower() in names.split()]
+    role = str(message.get("role")).lower()
+    role = next((r for r, names in ROLES.items() if role in names.split()), None)
     need(role, f'{place} must be {{"role": {" or ".join(ROLES)}, "content": text}}')
     parts = message.get("content", "")
     parts = [parts] if isinstance(parts, (str, dict)) else parts
     texts = [part if isinstance(part, str) else part.get("text") for part in parts]
-    if role == ["tool"]:
+    if role == "tool":
         texts = [
             t if isinstance(t, str) else dumps(part) for t, part in zip(texts, parts, strict=True)
         ]
     need(all(isinstance(t, str) for t in texts), f'{place}: its "content" must be text')
-    calls = decoded(message.pop("tool_calls", "")) or message.pop("function_call", None) or []
+    single = message.pop("function_call", None)  # the form before tool_calls
+    calls = decoded(message.pop("tool_calls", "")) or single or []
     calls = [to_call(call) for call in (calls if isinstance(calls, list) else [calls])]
     need(all(calls), f"{place}: a call without name or arguments")
-    message |= {"role": role[0], "content": "\n".join(texts)}
-    for key in {"tool_call_id", "function_call"} & message.keys():
-        message[key] = ID
+    message |= {"role": role, "content": "\n".join(texts)}
+    if "tool_call_id" in message:
+        message["tool_call_id"] = ID
     if calls:
         message["tool_calls"] = [{"id": ID, "type": "function", "function": c} for c in calls]
     return message
@@ -755,15 +747,11 @@ def to_sample(record):
     names = [tool["name"] for tool in tools]
     need(len(set(names)) == len(names), f"a tool twice: {sorted(names)}")
     said = []  # messages; or a prompt and its completion, or a query, of text or messages
-    for key, role in (
-        ("messages", "user"),
-        ("query", "user"),
-        ("prompt", "user"),
-        ("completion", "assistant"),
-    ):
+    roles = {"messages": "user", "query": "user", "prompt": "user", "completion": "assistant"}
+    for key, role in roles.items():
         value = record.get(key, [])
-        value = decoded(value) if isinstance(decoded(value), list) else value
-        said += value if isinstance(value, list) else [turn(role, value)]
+        listed = decoded(value)
+        said += listed if isinstance(listed, list) else [turn(role, value)]
     messages = [to_message(message, f"messages[{n}]") for n, message in enumerate(said)]
     while messages and not messages[-1]["content"].strip() and "tool_calls" not in messages[-1]:
         messages.pop()
@@ -839,9 +827,7 @@ def grade(text, sample):
     right = given == canonical(gold["arguments"])
     if accept and not right:
         right = all(value in canonical(accept.get(key, [])) for key, value in given.items())
-        right = right and all(
-            key in given or "" in accept[key] or None in accept[key] for key in accept
-        )
+        right = right and all(k in given or "" in v or None in v for k, v in accept.items())
     return {"name": name, "call": right}
 
 
@@ -979,7 +965,7 @@ def resume(cfg, settings, ids, rank, world):
     return own, beside, rows
 
 
-HOPELESS = "no usable pair for the first five: a --teacher, --pairs, or another --prompt may help"
+NO_PAIRS = "no usable pair for the first five: a --teacher, --pairs, or another --prompt may help"
 
 
 def run(cfg):
@@ -990,8 +976,8 @@ def run(cfg):
     samples = read_jsonl(cfg.data, to_sample)
     need(cfg.trace in ("", *samples), f"--trace {cfg.trace}: {cfg.data} has no sample of this id")
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
-    pairs = read_jsonl(cfg.pairs, lambda r: decoded(r.get("pairs")) or []) if cfg.pairs else {}
-    right = not pairs or any(map(pairs.get, ids)) and not cfg.teacher
+    pairs = read_jsonl(cfg.pairs, lambda r: [*decoded(r.get("pairs", []))]) if cfg.pairs else {}
+    right = not pairs or (any(map(pairs.get, ids)) and not cfg.teacher)
     need(right, f"--pairs {cfg.pairs}: no pairs for any sample, or a --teacher beside them")
     model, tok = load(cfg.model, cfg)
     teacher = load(cfg.teacher, cfg) if cfg.teacher else None
@@ -1014,7 +1000,7 @@ def run(cfg):
                     save(own, [dumps(rows[i])], "a")
                 tried = [row["pairs"] for row in rows.values() if row["drafts"]]
                 if len(tried) == 5 and rows[i]["drafts"] and not any(tried):
-                    tqdm.write(HOPELESS)
+                    tqdm.write(NO_PAIRS)
     finally:  # the table so far, whatever ends the run
         summary = summarise([rows[i] for i in ids if i in rows])
         if cfg.trace in rows:  # the label, and the scores by it, come last
@@ -1034,7 +1020,7 @@ def run(cfg):
 
 
 def parse_flags(argv):
-    """-> Config; a dash and an underscore in a flag's name are one."""
+    """-> Config"""
     parser = transformers.HfArgumentParser(Config, epilog=f"--paper stands for {PAPER}")
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
     argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
@@ -1050,7 +1036,7 @@ def parse_flags(argv):
 
 def main(argv=None):
     """The command line -> the summary, as a dict. Raises InputError, whose text is for the user."""
-    new = int(transformers.__version__.split(".")[0]) >= 5
+    new = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
     need(new, f"transformers {transformers.__version__} is too old; see requirements.txt")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

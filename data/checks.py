@@ -60,7 +60,7 @@ def main(paths):
         print(f"{path}: {len(samples)} samples, in percent")
         for kind, counts in verdicts(samples).items():
             n = counts.total()
-            kept, behind = 100 * counts["kept"] / n, 100 * counts[ttsi.BEHIND] / n
+            kept, behind = 100 * counts["kept"] / n, 100 * counts[ttsi.UNSAID] / n
             row = (
                 f"kept {kept:5.1f}, placed behind {behind:5.1f}, refused {100 - kept - behind:5.1f}"
             )
