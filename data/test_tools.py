@@ -458,11 +458,11 @@ def test_the_table_of_benchmarks_is_what_the_converter_counts(name):
 
 
 # ---------------------------------------------------------------------------- checks of drafts
-MEASURED = ["bfcl/canonical_multiple", "bfcl/canonical_live_simple"]
+CHECKED = ["bfcl/canonical_multiple", "bfcl/canonical_live_simple"]
 
 
 @beside
-@pytest.mark.parametrize("name", [*MEASURED, "seal-tools/canonical_dev_200"])
+@pytest.mark.parametrize("name", [*CHECKED, "seal-tools/canonical_dev_200"])
 def test_checks_refuse_few_right_pairs_and_hardly_a_spoiled_one_is_kept(name, monkeypatch):
     monkeypatch.setattr(ttsi, "pair_span", lambda x, pair: None)
     samples = ttsi.read_jsonl(str(BENCHMARKS / f"{name}.jsonl"), ttsi.to_sample)
