@@ -1432,6 +1432,16 @@ def test_a_draft_ends_where_it_can_become_no_pair(text, over):
     assert ttsi.hopeless(text) == over
 
 
+def test_a_hopeless_draft_is_not_written_on(llama, tok, monkeypatch):
+    x, (_, tools, _) = begin(llama, tok, SAMPLES[0])
+    seen = []
+    monkeypatch.setattr(ttsi, "hopeless", lambda text: seen.append(text) or len(seen) > 5)
+    cfg, before = config(drafts=1, max_new_tokens=40), ttsi.Prefix.tokens
+    ttsi.generate(llama, tok, x, tools, cfg)
+    asked = tok(prompt(tok, x, ttsi.DRAFT + x.request)).input_ids
+    assert ttsi.Prefix.tokens - before == len(asked) - 1 - x.head + 6, "not six tokens, but more"
+
+
 def test_a_hopeless_model_is_told_of_once_and_the_run_goes_on(loaded, monkeypatch, capsys):
     scripted(monkeypatch, itertools.repeat("junk"))
     argv = ["--limit", "7", "--tau", "2", "--attempts", "1", "--drafts", "1"]
@@ -1446,6 +1456,8 @@ CALLS = "{% for c in m.tool_calls %}CALL{% endfor %}"
 JSONS = '{"name": {{ c.function.name | tojson }}, "KEY": {{ c.function.arguments | tojson }}}'
 TURNS = "{% set ns = namespace(u=0) %}{% for m in messages %}{% if m.role == 'user' %}"
 TURNS += "{% set ns.u = loop.index0 %}{% endif %}{% endfor %}FIRST{% for m in messages %}"
+TURNS += "{% if m.tool_call_id is defined and m.tool_call_id | length != 9 %}"
+TURNS += "{{ raise_exception('nine characters') }}{% endif %}"  # as Mistral's does
 TURNS += "<{{ m.role }}>TOOLS{{ m.content }}" + CALLS + "</s>\n{% endfor %}"
 TURNS += "{% if add_generation_prompt %}<assistant>{% endif %}"
 
