@@ -1225,8 +1225,9 @@ UNREAD += ["{'name': 'cancel_flight', 'arguments': {}}", '{"action": "cancel_fli
 @pytest.mark.parametrize("text", UNREAD)
 def test_a_label_in_a_form_that_is_not_read_is_refused(text):
     turns = [*ASKED, {"role": "assistant", "content": text}]
-    with pytest.raises(ttsi.InputError, match="hold the label"):
-        ttsi.to_sample(record(turns, call=OSLO_CALL))
+    for label in ({"call": OSLO_CALL}, {}):
+        with pytest.raises(ttsi.InputError, match="hold the label"):
+            ttsi.to_sample(record(turns, **label))
     said = [*ASKED, {"role": "assistant", "content": "The cancel_flight tool does it."}]
     assert len(ttsi.to_sample(record(said, call=OSLO_CALL))["messages"]) == 2, "this is prose"
 
@@ -1237,21 +1238,35 @@ def test_a_result_that_looks_like_a_call_is_no_label():
         sample = ttsi.to_sample(record(turns))
         assert "call" not in sample and sample["messages"][-1]["role"] == "tool"
         assert sample["messages"][-1]["content"] == TEXT, "a result may be an object"
+    for content, text in (("", ""), (22, "22"), ([1, {"text": "x"}], "1\nx"), (None, "")):
+        sample = ttsi.to_sample(record([*EARLIER[:2], {"role": "tool", "content": content}]))
+        assert "call" not in sample and sample["messages"][-1]["content"] == text, content
+    steps = [{"role": "assistant", "content": f"<tool_call>{TEXT}</tool_call>"}, EARLIER[2]]
+    steps += [{"role": "assistant", "content": json.dumps(CANCEL)}]
+    sample = ttsi.to_sample(record(ASKED + steps))
+    assert sample["call"] == CANCEL and len(sample["messages"]) == 3, "an earlier call stays"
 
 
 def test_prompt_and_completion_and_other_names_of_roles():
     rows = [{"prompt": "drop the Oslo flight"}, {"prompt": ASKED}, {"query": ASKED}]
-    rows += [{"messages": [{"role": "Human", "content": ["drop the Oslo flight"]}]}]
+    rows += [{"prompt": [{"role": "Human", "content": ["drop the Oslo flight"]}]}]
     answer = [{"role": "assistant", "tool_calls": [{"function": OSLO_CALL}]}]
     for row in rows:
         sample = ttsi.to_sample({"id": "r", "tools": FLIGHT, "completion": answer} | row)
         assert (sample["messages"], sample["call"]) == (ASKED, OSLO_CALL)
+    both = record([*ASKED, *answer], query="drop it", prompt="drop it", system="Be brief.")
+    sample = ttsi.to_sample(both)
+    assert (sample["messages"], sample["call"]) == ([SYSTEM_TURN, *ASKED], OSLO_CALL)
+    assert ttsi.to_sample(record([], query="[3, 1]") | {"messages": "[3, 1]"})["messages"] == user(
+        "[3, 1]"
+    )
     with pytest.raises(ttsi.InputError, match=r"messages\[0\] must be .*role"):
         ttsi.to_sample(record([{"role": "narrator", "content": "x"}]))
 
 
 LABELS = [{"call": OSLO_CALL}, {"call": TEXT}, {"answers": [AS_TEXT]}, {"answers": f"[{TEXT}]"}]
 LABELS += [{"tool_calls": [{"function": AS_TEXT}]}, {"call": {"function": OSLO_CALL}}]
+LABELS += [{"call": {"name": "cancel_flight", "args": {"city": "Oslo"}}}]
 LABELS += [{"call": OSLO_CALL | {"arguments": OSLO_CALL["arguments"] | {"days": None}}}]
 
 
@@ -1309,6 +1324,8 @@ VAGUE += [
     {"properties": {}, "if": {}},
     {"properties": {"y": {"enum": [None]}, "x": {}}},
 ]
+VAGUE += [{"additionalProperties": {"type": "string"}}]
+VAGUE += [{"properties": {"x": {}, "y": {}, "z": {"anyOf": [{"type": "null"}]}}, "required": ["z"]}]
 VAGUE += [{"properties": {"x": {"type": []}, "y": {"enum": []}}}]
 VAGUE += [{"properties": {"x": {}, "y": {}, "z": {"type": ["string", "null"]}}, "required": ["z"]}]
 VAGUE += [{"properties": {"x": {}, "y": {}, "z": {"nullable": True}}, "required": ["z"]}]
@@ -1371,6 +1388,7 @@ SPELLED += [
     '{"name": "f", "arguments": {"x": True, "y": None}}',
     '{"name": "f", "input": {"x": "True"}}',
 ]
+SPELLED += ['{"thought": "x", "action": {"name": "f", "arguments": {"x": true}, "function": "go"}}']
 SPELLED += ['{"function": {"name": "f", "arguments": {"x": true, "y": null}}}']
 
 
@@ -1521,6 +1539,16 @@ def test_the_templates_own_tool_form(tok, kind):
     model = tiny(tok)
     for adapt in ("suffix", "full"):
         agrees(model, tok, SAMPLES[1], PAIRS["b"], config(ALWAYS, adapt=adapt, lr=0.5))
+
+
+def test_a_template_that_wants_what_a_tool_lacks(tok):
+    wanting = "{% for t in tools %}{{ t.function.name + ': ' + t.function.description }}"
+    wanting += (
+        "{% for p in t.function.parameters.properties | items %}{{ p }}{% endfor %}{% endfor %}"
+    )
+    tok = templated(tok, native(wanting))
+    x = ttsi.prepare(tok, SAMPLES[1] | {"tools": [{"name": "now"}, *FLIGHT]}, FIRST)
+    assert "now: " in tok.decode(x.ids) and "does book_flight" in tok.decode(x.ids)
 
 
 @pytest.mark.parametrize("kind", OURS)

@@ -25,6 +25,7 @@ ids[begin:] is scored behind ids[:begin].
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -435,6 +436,7 @@ PINNED = "{% macro strftime_now(form) %}{{ form" + "".join(DAY) + " }}{% endmacr
 WORD_RULE = {"word": {"type": "string", "description": "a word"}}
 PROBE = {"name": "look_up", "description": "Looks a word up.", "parameters": {"type": "object"}}
 PROBE["parameters"] |= {"properties": WORD_RULE, "required": ["word"]}
+BARE = {"description": "", "parameters": {"type": "object", "properties": {}}}
 
 
 def turn(role, content, **more):
@@ -499,11 +501,9 @@ def render(tok, cfg, tools, messages, call=None):
     """-> (prompt by the chat template, what continues it with a call). Its own form of tools and
     calls (native), or ours: tools and request as text. A system turn may have to be folded."""
     native = cfg.prompt == "native" or (cfg.prompt == "auto" and takes_tools(tok))
-    how = RENDER | {"tools": [{"type": "function", "function": tool} for tool in tools]}
     while native and len(messages) > 1 and messages[-1]["role"] == "assistant":
         messages = messages[:-1]  # it announces the call; a template would close it
     if not native:
-        how["tools"] = None
         system = SYSTEM + "\n".join(dumps(tool) for tool in tools)
         messages = [turn("system", system), turn("user", user_text(messages))]
     first, *others = messages
@@ -515,7 +515,9 @@ def render(tok, cfg, tools, messages, call=None):
     shown += [message["content"] for message in messages if message["role"] in ("system", "user")]
     called = [{"id": ID, "type": "function", "function": call}]
     why = "it does not show tools and request"
-    for form in forms:
+    for form, lacking in itertools.product(forms, ({}, BARE)):  # some want what a tool may lack
+        offered = [{"type": "function", "function": lacking | tool} for tool in tools]
+        how = RENDER | {"tools": offered if native else None}
         try:
             template = tok.get_chat_template(tools=how["tools"]) if tok.chat_template else PLAIN
             how["chat_template"] = PINNED + template
@@ -587,7 +589,7 @@ def once(items):
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=present, strict=False)  # of what a model wrote
-STRICT = json.JSONDecoder(object_pairs_hook=once)
+STRICT = json.JSONDecoder(object_pairs_hook=once, strict=False)  # of data
 dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
 
 
@@ -602,7 +604,7 @@ def decoded(value):
     """What a string says that holds JSON; anything else as it is."""
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):
-            return sound(DECODER.decode(value.strip() or "null"))
+            return sound(STRICT.decode(value.strip() or "null"))
     return value
 
 
@@ -611,6 +613,9 @@ def jsonlike(text):
     python = {"True": "true", "False": "false", "None": "null"}
     skip = r'"(?:\\.|[^"\\])*"|\b(?:True|False|None)\b'
     return re.sub(skip, lambda found: python.get(found[0], found[0]), text)
+
+
+WRAPPERS = {"call", "function", "tool_calls", "tool_call", "function_call", "action", "answer"}
 
 
 def parse(text, decoder=DECODER):
@@ -624,8 +629,8 @@ def parse(text, decoder=DECODER):
             value, end = decoder.raw_decode(text, at)
             if isinstance(value.get("name"), str) or value.keys() >= {"call", "request"}:
                 return sound(value), text[end:].strip()
-            if value.keys() & {"call", "function", "tool_calls"}:
-                end = at + 1  # it is inside
+            if value.keys() & WRAPPERS:
+                end = at + 1  # it may be inside
         at = text.find("{", end)
     return {}, ""
 
@@ -656,9 +661,10 @@ def to_call(value):
     """-> {name, arguments}, or None, of what APIs and models write; arguments may be JSON text."""
     with suppress(AttributeError):  # no object
         call = decoded(value)
-        call = decoded(call.get("function")) or call
-        given = call.get("arguments") or call.get("parameters") or call.get("input")
-        arguments = decoded(given) or {}
+        inner = decoded(call.get("function"))
+        call = inner if isinstance(inner, dict) else call
+        given = (call.get(key) for key in ("arguments", "parameters", "input", "args"))
+        arguments = decoded(next(filter(None, given), {})) or {}
         if isinstance(call.get("name"), str) and isinstance(arguments, dict):
             return {"name": call["name"], "arguments": arguments}
     return None
@@ -675,8 +681,9 @@ def schema_of(tools, name):
         return {}, set(), False
     rules = {key: rule if isinstance(rule, dict) else {} for key, rule in rules.items()}
     listed = rules.keys() & set(map(str, required if isinstance(required, list) else []))
-    # What may be null (in the type, or "nullable") need not be there.
-    listed -= {key for key, rule in rules.items() if "null" in f"{rule.get('type')} {list(rule)}"}
+    for key, rule in rules.items():  # what may be null need not be there
+        if "null" in f"{rule.get('type')} {rule.get('anyOf')}" or rule.get("nullable") is True:
+            listed.discard(key)
     return rules, listed, schema.get("additionalProperties", False) is False
 
 
@@ -689,7 +696,8 @@ def to_tool(tool, place):
     tool = {"parameters" if k in ("inputSchema", "input_schema") else k: tool[k] for k in tool}
     schema = decoded(tool.get("parameters"))
     rules = schema if isinstance(schema, dict) and "properties" not in schema else {}
-    if rules and all(isinstance(rules[key], dict) and key[:1] != "$" for key in rules):
+    bare = [isinstance(rules[k], dict) and k[0:1] != "$" and k[:10] != "additional" for k in rules]
+    if rules and all(bare):
         required = [key for key in rules if rules[key].get("required") is True]
         schema = {"type": "object", "properties": rules, "required": required}
     return tool if schema is None else tool | {"parameters": schema}
@@ -701,25 +709,23 @@ ROLES |= {"tool": "tool function ipython observation tool_response"}  # as they 
 
 def to_message(message, place):
     """-> {role, content, ...} as chat templates take it: text, and calls with their arguments."""
+    message = decoded(message)
     message = dict(message) if isinstance(message, dict) else {}
     role = str(message.get("role")).lower()
     role = next((r for r, names in ROLES.items() if role in names.split()), None)
     need(role, f'{place} must be {{"role": {" or ".join(ROLES)}, "content": text}}')
     parts = message.get("content", "")
-    parts = [parts] if isinstance(parts, (str, dict)) else parts
-    texts = [part if isinstance(part, str) else part.get("text") for part in parts]
-    if role == "tool":
-        texts = [
-            t if isinstance(t, str) else dumps(part) for t, part in zip(texts, parts, strict=True)
-        ]
+    parts = parts if isinstance(parts, list) else [parts]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if role == "tool":  # a result may be anything
+        texts = [t if isinstance(t, str) else dumps(p) for t, p in zip(texts, parts, strict=True)]
+        message["tool_call_id"] = ID
     need(all(isinstance(t, str) for t in texts), f'{place}: its "content" must be text')
     single = message.pop("function_call", None)  # the form before tool_calls
     calls = decoded(message.pop("tool_calls", "")) or single or []
     calls = [to_call(call) for call in (calls if isinstance(calls, list) else [calls])]
     need(all(calls), f"{place}: a call without name or arguments")
     message |= {"role": role, "content": "\n".join(texts)}
-    if "tool_call_id" in message:
-        message["tool_call_id"] = ID
     if calls:
         message["tool_calls"] = [{"id": ID, "type": "function", "function": c} for c in calls]
     return message
@@ -746,16 +752,21 @@ def to_sample(record):
     tools = [to_tool(tool, f"tools[{n}]") for n, tool in enumerate(tools)]
     names = [tool["name"] for tool in tools]
     need(len(set(names)) == len(names), f"a tool twice: {sorted(names)}")
-    said = []  # messages; or a prompt and its completion, or a query, of text or messages
-    roles = {"messages": "user", "query": "user", "prompt": "user", "completion": "assistant"}
-    for key, role in roles.items():
+    kinds = {"system": "system", "messages": "user"}
+    if "messages" not in record:
+        kinds |= {"query": "user", "prompt": "user", "completion": "assistant"}
+    said = []  # texts or lists of messages; TRL has prompt and completion
+    for key, role in kinds.items():
         value = record.get(key, [])
         listed = decoded(value)
-        said += listed if isinstance(listed, list) else [turn(role, value)]
+        messages = isinstance(listed, list) and all(isinstance(decoded(m), dict) for m in listed)
+        said += listed if messages else [turn(role, value)]
     messages = [to_message(message, f"messages[{n}]") for n, message in enumerate(said)]
-    while messages and not messages[-1]["content"].strip() and "tool_calls" not in messages[-1]:
-        messages.pop()
-    labels = decoded(record.get("call") or record.get("answers") or record.get("tool_calls")) or []
+    messages = [
+        m for m in messages if m["content"].strip() or m.keys() & {"tool_calls", "tool_call_id"}
+    ]
+    given = record.get("call") or record.get("answers") or record.get("tool_calls") or []
+    labels = decoded(given)
     labels = [to_call(label) for label in (labels if isinstance(labels, list) else [labels])]
     answered = calls_in(messages[-1], names) if messages else []
     messages = messages[:-1] if answered else messages  # it ended with its label
@@ -764,19 +775,21 @@ def to_sample(record):
     call = next(iter(labels + answered), None)
     right = not labels + answered or (call and call["name"] in names)
     form = f'{{"name": one of {names}, "arguments": {{...}}}}'
-    need(right, f'"call" must be {form}, not {dumps(call or record.get("call"))[:80]}')
+    need(right, f'"call" must be {form}, not {dumps(call or given)[:80]}')
     same = all(canonical(other) == canonical(call) for other in answered)
     need(same, '"call" and that of the last message differ')
-    asked = [n for n, message in enumerate(messages) if message["role"] == "user"]
-    for message in messages[max(asked, default=0) :]:
-        held = call and canonical(call) in map(canonical, calls_in(message, names))
-        if call and message["role"] == "assistant":  # in a form that is not read
-            forms = "{}(", "={}", "'{}'", '"{}"'
-            held = held or any(f.format(call["name"]) in message["content"] for f in forms)
+    unread = [f.format(n) for n in names for f in ("{}(", "={}", ": '{}'", ': "{}"')]
+    for message in reversed(messages):
+        told, text = calls_in(message, names), message["content"]
+        held = call and canonical(call) in map(canonical, told)
+        if message is messages[-1] and message["role"] == "assistant" and not told:
+            held = any(form in text for form in unread)  # a call in another form
         need(not held, "the messages hold the label; end them before it")
+        if message["role"] == "user":
+            break
     need(messages, 'no request; give "messages": [{"role": "user", "content": "..."}]')
-    accept = record.get("accept", {})
-    right = all(isinstance(values, list) for values in accept.values())
+    accept = decoded(record.get("accept", {}))
+    right = isinstance(accept, dict) and all(isinstance(values, list) for values in accept.values())
     need(right, '"accept" must be {argument: [acceptable values]}')
     sample = {"id": record["id"], "messages": messages, "tools": tools, "call": call}
     return {key: value for key, value in (sample | {"accept": accept}).items() if value}
