@@ -1048,6 +1048,14 @@ def test_bad_flags_are_told_in_one_line(argv, complaint):
     assert complaint in str(e.value) and "\n" not in str(e.value)
 
 
+def test_an_old_transformers_is_told_in_one_line(loaded, monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(ttsi.InputError, match="4.57.1 is too old"):
+        quiet("--limit", 1)
+    monkeypatch.setattr(transformers, "__version__", "5.24.0.dev0")
+    assert quiet(*BRIEF, "--limit", 1)[0]["samples"]["all"] == 1
+
+
 def test_flags(capsys):
     flags = ttsi.parse_flags(["--paper", "--max_new_tokens=9", "--no-shuffle", "--lora-rank", "4"])
     paper = config(ttsi.Config(), k=1, drafts=1, attempts=1, check=False, optimizer="adamw")
@@ -1652,7 +1660,7 @@ def test_killed_at_random_moments_a_run_goes_on(tmp_path):
     assert python(tmp_path, *argv, first=fsync_slowly)[0] == 0
     whole, seconds = timeless(path), time.time() - began
     path.unlink()
-    while kills < (50 if SLOW else 3):
+    while kills < (50 if SLOW else 2):
         child = start(tmp_path, *argv, first=fsync_slowly)
         child.join(r.uniform(0, seconds))
         child.kill()

@@ -568,6 +568,7 @@ def test_mean_normalised_margins_by_hand(lab):
         assert row == before | {"margin": margin}, f"{row['id']}: more than the margin changed"
 
 
+@slow
 def test_one_adapter_for_all_starts_as_the_base_and_learns(lab):
     model, _ = lab.base(lab.config(0))
     untouched, direct = digest(model), lab.run(0, "--tau 0")
@@ -594,6 +595,7 @@ def test_a_kept_adapter_begins_as_the_temporary_one(lab):
     assert still == [r["direct"] for r in fresh], "a rate of 0 changes answers"
 
 
+@slow
 def test_round_trips_part_the_drafts(lab):
     model, tok = lab.base(lab.config(0))
     samples = {s["id"]: s for s in lab.samples(lab.config(0))}
@@ -678,6 +680,7 @@ def test_the_nearest_draft_gives_its_tool_and_trains_nothing(lab):
             assert "train" not in row["cost"], f"{row['id']}: something was trained"
 
 
+@slow
 def test_variants_of_training_share_their_pairs(lab):
     ours, shuffled = ttsi.pair_span, experiments.reshuffled(lab, 0)
     assert ttsi.pair_span is ours, "a patch outlived its run"
