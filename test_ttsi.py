@@ -1622,8 +1622,8 @@ def test_a_template_that_collapses_blanks_costs_no_draft(embedded):
 
 
 def test_no_prompt_tells_the_day(tok):
-    dated = templated(tok, ALL + "{{ strftime_now('%d %B %Y') }}")
-    assert ttsi.render(dated, FIRST, GET, user("hi"))[0].endswith("01 January 2026")
+    dated = templated(tok, ALL + "{{ strftime_now('%d %B %Y, %-d %b') }}")
+    assert ttsi.render(dated, FIRST, GET, user("hi"))[0].endswith("01 January 2026, 1 Jan")
 
 
 # ------------------------------------------------------------------------------ models as they are

@@ -431,8 +431,9 @@ ID = "000000000"  # of every call: some templates want one of nine characters
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n\n{% endfor %}Answer:"
 # No thinking, and one date for all days.
 RENDER = {"tokenize": False, "enable_thinking": False, "date_string": "01 January 2026"}
-DAY = [f"| replace('%{c}', '{date(2026, 1, 1):%{c}}')" for c in "aAbBdeHIjmMpSyY"]
-PINNED = "{% macro strftime_now(form) %}{{ form" + "".join(DAY) + " }}{% endmacro %}\n"
+CODES = [f"| replace('%{c}', '{date(2026, 1, 1):%{c}}')" for c in "aAbBdeHIjmMpSyY"]
+PINNED = "{% macro strftime_now(form) %}{{ form | replace('%-d', '1')"
+PINNED += "".join(CODES) + " }}{% endmacro %}\n"
 WORD_RULE = {"word": {"type": "string", "description": "a word"}}
 PROBE = {"name": "look_up", "description": "Looks a word up.", "parameters": {"type": "object"}}
 PROBE["parameters"] |= {"properties": WORD_RULE, "required": ["word"]}
