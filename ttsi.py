@@ -195,7 +195,8 @@ def generate(model, tok, x, after_tools, cfg, supplied=None):
     if supplied is not None:
         return drafts
     try:
-        ids = read_prompt(tok, cfg, x.tools, [*x.system, turn("user", DRAFT + x.request)])
+        turns = [*x.system, turn("user", DRAFT + x.request)]
+        ids = to_ids(tok, cfg, render(tok, cfg, x.tools, turns)[0])
     except InputError as e:
         return [{"text": "", "verdict": str(e), "pair": None}]
     asked = Prefix(model, ids[:-1], after_tools)
@@ -223,16 +224,19 @@ def judge(text, before, x, cfg):
 
 # FORK HERE: checks of your own. They see the request, the tools and earlier drafts, never a label.
 def fault(pair, before, x, cfg):
-    """What is wrong with a pair {request, call} that was written for x, or ""."""
+    """What is wrong with a pair {request, call} that was written for x; UNSAID; or ""."""
     request, arguments = pair["request"], pair["call"]["arguments"]
     try:
         pair_span(x, pair)
     except InputError as e:  # the chat template refuses it, or it exceeds the context
         return str(e)
     rules, required, complete = schema_of(x.tools, pair["call"]["name"])
-    free = [key for key in arguments if not rules.get(key, {}).get("enum")]
-    free = [key for key in free if "str" in str(rules.get(key, {}).get("type", "string")).lower()]
-    texts = [arguments[key].casefold() for key in free if isinstance(arguments[key], str)]
+    texts = []  # what the request should hold
+    for key, value in arguments.items():
+        rule = rules.get(key, {})
+        is_text = isinstance(value, str) and "str" in str(rule.get("type", "string")).lower()
+        if is_text and not rule.get("enum"):
+            texts.append(value.strip().casefold())
     typed = [fits(value, rules[key]) for key, value in arguments.items() if key in rules]
     earlier = [words(draft["pair"]["request"]) for draft in before if draft["pair"]]
     faults = {
@@ -242,7 +246,7 @@ def fault(pair, before, x, cfg):
         "wrong type or not in enum": not all(typed),
         "copy of the request": any(copies(request, text) for text in x.asked),
         "written before": words(request) in earlier,
-        UNSAID: any(text.strip() not in request.casefold() for text in texts),
+        UNSAID: any(text not in request.casefold() for text in texts),
     }
     if not cfg.check:  # --pairs may hold x, and its label
         faults = {"copy of the request": faults["copy of the request"]}
@@ -259,8 +263,10 @@ WORD = re.compile(rf"[{BLANKLESS}]|[^\W{BLANKLESS}]+")
 def fits(value, rule):
     """Is a value in the enum of its rule, or else of its type? As for `grade`, 5 is "5"."""
     value, kinds, enum = canonical(value), rule.get("type") or "any", rule.get("enum")
-    if isinstance(value, str) and isinstance(enum, list) and set(map(str, enum)) - {"None"}:
-        return value.casefold() in [str(canonical(v)).casefold() for v in enum]
+    enum = enum if isinstance(enum, list) else []
+    allowed = [str(canonical(v)).casefold() for v in enum if v is not None]
+    if allowed and isinstance(value, str):
+        return value.casefold() in allowed
     forms = [TYPES.get(str(k), ".*") for k in (kinds if isinstance(kinds, list) else [kinds])]
     return any(re.fullmatch(form, dumps(value), re.S) for form in forms)
 
@@ -455,11 +461,11 @@ def prepare(tok, sample, cfg):
     x.system = [m for m in messages if m["role"] == "system"]  # it stands before a pair, too
     x.request = user_text([m for m in messages if m["role"] != "system"])
     x.asked = [m["content"] for m in messages if m["role"] == "user"]
-    x.ids = read_prompt(tok, cfg, tools, messages)
-    another = read_prompt(tok, cfg, tools, [*x.system, turn("user", "-")])
-    x.head = len(os.path.commonprefix([x.ids[:-1], another]))  # the tools, where they come first
     prompt, zero = render(tok, cfg, tools, messages, {"name": "0", "arguments": {"x": 1}})
     _, one = render(tok, cfg, tools, messages, {"name": "1", "arguments": {"x": 1}})
+    another, _ = render(tok, cfg, tools, [*x.system, turn("user", "-")])
+    x.ids, other = to_ids(tok, cfg, prompt), to_ids(tok, cfg, another)
+    x.head = len(os.path.commonprefix([x.ids[:-1], other]))  # the tools, where they come first
     opening = os.path.commonprefix([zero, one])  # up to the name; in zero "0" and the rest follow
     x.candidates = []  # N spans: each name and its closing quote, as tokenised in a whole answer
     for tool in tools:
@@ -502,9 +508,10 @@ def render(tok, cfg, tools, messages, call=None):
     """-> (prompt by the chat template, what continues it with a call). Its own form of tools and
     calls (native), or ours: tools and request as text. A system turn may have to be folded."""
     native = cfg.prompt == "native" or (cfg.prompt == "auto" and takes_tools(tok))
-    while native and len(messages) > 1 and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]  # it announces the call; a template would close it
-    if not native:
+    if native:
+        while len(messages) > 1 and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]  # it announces the call; a template would close it
+    else:
         system = SYSTEM + "\n".join(dumps(tool) for tool in tools)
         messages = [turn("system", system), turn("user", user_text(messages))]
     first, *others = messages
@@ -551,9 +558,9 @@ def encode(tok, prompt, rest=""):
     return ids + more[n:], ends + [len(prompt) - 1 + end for end in places[n:]]
 
 
-def read_prompt(tok, cfg, tools, messages):
+def to_ids(tok, cfg, prompt):
     """-> token ids of a prompt with room to answer."""
-    ids, _ = encode(tok, render(tok, cfg, tools, messages)[0])
+    ids, _ = encode(tok, prompt)
     n = len(ids) + cfg.max_new_tokens
     need(n <= tok.model_max_length, f"prompt and answer, {n} tokens, exceed the context")
     return ids
@@ -624,28 +631,28 @@ def parse(text, decoder=DECODER):
     is none. One still open is not searched inside, or a draft would end with its call."""
     text = jsonlike(text)
     at = text.find("{")
-    while at >= 0 and not unfinished(text, at):
-        end = at + 1
-        with suppress(ValueError, RecursionError):
-            value, end = decoder.raw_decode(text, at)
-            if isinstance(value.get("name"), str) or value.keys() >= {"call", "request"}:
-                return sound(value), text[end:].strip()
-            if value.keys() & WRAPPERS:
-                end = at + 1  # it may be inside
-        at = text.find("{", end)
+    while at >= 0:
+        value, end = read_object(text, at, decoder)
+        if value is None:
+            break
+        if isinstance(value.get("name"), str) or value.keys() >= {"call", "request"}:
+            return value, text[end:].strip()
+        at = text.find("{", at + 1 if value.keys() & WRAPPERS else end)
     return {}, ""
 
 
-def unfinished(text, start):
-    """Is what begins there a JSON object so far, and still open?"""
+def read_object(text, at, decoder=DECODER):
+    """-> (the JSON object that begins there, its end); None while it is open, {} if it is none."""
     try:
-        DECODER.raw_decode(text, start)
+        value, end = decoder.raw_decode(text, at)
+        return sound(value), end
     except json.JSONDecodeError as e:
-        rest = re.compile(r"[\w.+-]*\s*\Z").match(text, e.pos)  # it ends in a word or number
-        return bool(rest) or e.msg.startswith("Unterminated")
-    except (ValueError, RecursionError) as e:
-        return isinstance(e, RecursionError)  # so deep that none of it will be read
-    return False
+        cut = re.compile(r"[\w.+-]*\s*\Z").match(text, e.pos)  # at its end, or in a last word
+        return (None, at) if cut or e.msg.startswith("Unterminated") else ({}, at + 1)
+    except RecursionError:  # so deep that none of it will be read
+        return None, at
+    except ValueError:
+        return {}, at + 1
 
 
 def hopeless(text):
@@ -655,7 +662,7 @@ def hopeless(text):
     if not opening:
         return len(text) > 200  # characters
     begins = '"call"'.startswith(opening[1]) or '"request"'.startswith(opening[1])
-    return not begins or not unfinished(text, opening.start())
+    return not begins or read_object(text, opening.start())[0] is not None
 
 
 def to_call(value):
@@ -671,14 +678,16 @@ def to_call(value):
     return None
 
 
+# What is not understood of a JSON schema: nothing is checked by one that has such a key.
+BEYOND = {"$ref", "$defs", "allOf", "anyOf", "oneOf", "not", "if", "patternProperties"}
+
+
 def schema_of(tools, name):
-    """-> ({argument: rule}, required arguments, are these all that it takes?) of a tool. What a
-    JSON schema says besides is not understood, and nothing is checked by it."""
+    """-> ({argument: rule}, required arguments, are these all that it takes?) of a tool."""
     schema = next((tool.get("parameters") for tool in tools if tool["name"] == name), None)
     schema = schema if isinstance(schema, dict) else {}
     rules, required = schema.get("properties"), schema.get("required")
-    beyond = {"$ref", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties"}
-    if not isinstance(rules, dict) or beyond & schema.keys():
+    if not isinstance(rules, dict) or BEYOND & schema.keys():
         return {}, set(), False
     rules = {key: rule if isinstance(rule, dict) else {} for key, rule in rules.items()}
     listed = rules.keys() & set(map(str, required if isinstance(required, list) else []))
@@ -696,9 +705,9 @@ def to_tool(tool, place):
     need(right, f'{place}: no "name"; give {{"name": ..., "parameters": JSON schema}}')
     tool = {"parameters" if k in ("inputSchema", "input_schema") else k: tool[k] for k in tool}
     schema = decoded(tool.get("parameters"))
-    rules = schema if isinstance(schema, dict) and "properties" not in schema else {}
-    bare = [isinstance(rules[k], dict) and k[0:1] != "$" and k[:10] != "additional" for k in rules]
-    if rules and all(bare):
+    rules = schema if isinstance(schema, dict) else {}
+    keywords = BEYOND | {"properties", "additionalProperties"}
+    if rules and not rules.keys() & keywords and all(isinstance(r, dict) for r in rules.values()):
         required = [key for key in rules if rules[key].get("required") is True]
         schema = {"type": "object", "properties": rules, "required": required}
     return tool if schema is None else tool | {"parameters": schema}
@@ -746,7 +755,7 @@ def calls_in(message, names):
 
 def to_sample(record):
     """A record (README: Your own data) -> {id, messages, tools, call?, accept?}."""
-    record = DECODER.decode(dumps(record))
+    record = DECODER.decode(dumps(record))  # its nulls are absent
     tools = decoded(record.get("tools") or record.get("functions"))
     right = tools and isinstance(tools, list)
     need(right, 'no tools; give "tools": [{"name": ..., "parameters": ...}, ...]')
@@ -760,12 +769,11 @@ def to_sample(record):
     for key, role in kinds.items():
         value = record.get(key, [])
         listed = decoded(value)
-        messages = isinstance(listed, list) and all(isinstance(decoded(m), dict) for m in listed)
-        said += listed if messages else [turn(role, value)]
+        turns = isinstance(listed, list) and all(isinstance(decoded(m), dict) for m in listed)
+        said += listed if turns else [turn(role, value)]
     messages = [to_message(message, f"messages[{n}]") for n, message in enumerate(said)]
-    messages = [
-        m for m in messages if m["content"].strip() or m.keys() & {"tool_calls", "tool_call_id"}
-    ]
+    held = {"tool_calls", "tool_call_id"}  # of what may have no text
+    messages = [m for m in messages if m["content"].strip() or m.keys() & held]
     given = record.get("call") or record.get("answers") or record.get("tool_calls") or []
     labels = decoded(given)
     labels = [to_call(label) for label in (labels if isinstance(labels, list) else [labels])]
@@ -775,17 +783,17 @@ def to_sample(record):
     need(one, "several calls as the label: one input has one call here")
     call = next(iter(labels + answered), None)
     right = not labels + answered or (call and call["name"] in names)
-    form = f'{{"name": one of {names}, "arguments": {{...}}}}'
-    need(right, f'"call" must be {form}, not {dumps(call or given)[:80]}')
+    wanted = f'{{"name": one of {names}, "arguments": {{...}}}}'
+    need(right, f'"call" must be {wanted}, not {dumps(call or given)[:80]}')
     same = all(canonical(other) == canonical(call) for other in answered)
     need(same, '"call" and that of the last message differ')
     unread = [f.format(n) for n in names for f in ("{}(", "={}", ": '{}'", ': "{}"')]
     for message in reversed(messages):
         told, text = calls_in(message, names), message["content"]
-        held = call and canonical(call) in map(canonical, told)
+        leaked = call and canonical(call) in map(canonical, told)
         if message is messages[-1] and message["role"] == "assistant" and not told:
-            held = any(form in text for form in unread)  # a call in another form
-        need(not held, "the messages hold the label; end them before it")
+            leaked = any(form in text for form in unread)  # a call in another form
+        need(not leaked, "the messages hold the label; end them before it")
         if message["role"] == "user":
             break
     need(messages, 'no request; give "messages": [{"role": "user", "content": "..."}]')
@@ -915,7 +923,7 @@ def load(name, cfg):
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         tok.model_max_length = min(tok.model_max_length, most)
         need(cfg.prompt != "native" or takes_tools(tok), "its chat template takes no tools")
-        ids = read_prompt(tok, cfg, [PROBE], [turn("user", "request")])
+        ids = to_ids(tok, cfg, render(tok, cfg, [PROBE], [turn("user", "request")])[0])
         write(tok, [*ids, tok.vocab_size - 1], Prefix(model, []), Config(max_new_tokens=1))
     except Exception as e:  # whatever goes wrong in there is about this model or device
         why = f"cannot be loaded on {device}: {' '.join(str(e).split())[:200]}"
@@ -927,7 +935,8 @@ def describe(model, tok, cfg):
     """What a run says first: the model, whose form of tools it sees, what no LoRA acts on."""
     layers = linear_layers(model)
     others = [m for m in model.modules() if m not in layers and [*m.parameters(recurse=False)]]
-    left = ", ".join(f"{n} {kind}" for kind, n in Counter(type(m).__name__ for m in others).items())
+    kinds = Counter(type(m).__name__ for m in others)
+    left = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     form = "the template's own" if cfg.prompt != "ours" and takes_tools(tok) else "our"
     size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
     return f"{size}; {form} tool prompts; LoRA on {len(layers)} linear layers, not on {left}"
@@ -979,9 +988,6 @@ def resume(cfg, settings, ids, rank, world):
     return own, beside, rows
 
 
-NO_PAIRS = "no usable pair for the first five: a --teacher, --pairs, or another --prompt may help"
-
-
 def run(cfg):
     """Reads, answers, scores, writes -> the summary."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
@@ -1004,6 +1010,7 @@ def run(cfg):
     none = "" if told else ': no label ("call"), so that answers are written but not scored'
     print(f"{len(ids)} samples of {os.path.relpath(cfg.data)}, {told} labelled{none}")
     print(f"{os.path.relpath(cfg.model)}: {describe(model, tok, cfg)}\n")
+    tried = []  # pairs of the uncertain, to tell of a hopeless model
     try:
         for i in tqdm(ids[rank::world], unit="sample", disable=bool(cfg.trace or rank)):
             if i not in rows:
@@ -1012,9 +1019,12 @@ def run(cfg):
                 rows[i] = to_row(model, tok, samples[i], result, cfg)
                 if own:
                     save(own, [dumps(rows[i])], "a")
-                tried = [row["pairs"] for row in rows.values() if row["drafts"]]
-                if len(tried) == 5 and rows[i]["drafts"] and not any(tried):
-                    tqdm.write(NO_PAIRS)
+                if rows[i]["drafts"]:
+                    tried.append(rows[i]["pairs"])
+                    if len(tried) == 5 and not any(tried):
+                        tqdm.write(
+                            "no usable pair in the first five: try --teacher, --pairs, --prompt"
+                        )
     finally:  # the table so far, whatever ends the run
         summary = summarise([rows[i] for i in ids if i in rows])
         if cfg.trace in rows:  # the label, and the scores by it, come last
