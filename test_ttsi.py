@@ -1214,6 +1214,8 @@ def test_a_call_that_ends_a_dialogue_is_the_label_and_never_in_the_prompt(tok, a
     for extra in ({}, {"call": OSLO_CALL}, {"answers": TEXT}, {"call": None}):
         sample = ttsi.to_sample(record(turns, **extra))
         assert sample["call"] == OSLO_CALL and sample["messages"] == ASKED, "it is in the prompt"
+        empty = ttsi.to_sample(record([*turns, *user(" ")], **extra))
+        assert empty == sample, "an empty message hides it"
     with pytest.raises(ttsi.InputError, match="differ"):
         ttsi.to_sample(record(turns, call=CANCEL))
     more = [{"role": "tool", "content": "done"}]
@@ -1301,7 +1303,8 @@ TOOLS += [{"parameters": SCHEMA | {"properties": CITY | {"none": None}}}]
 
 
 def faulty(tok, schema, arguments, text="the Oslo flight in 3 days"):
-    x = ttsi.prepare(tok, SAMPLES[1] | {"tools": [{"name": "f", "parameters": schema}]}, FIRST)
+    sample = ttsi.to_sample(record(tools=[{"name": "f", "parameters": schema}]))
+    x = ttsi.prepare(tok, sample, FIRST)
     return ttsi.fault(
         {"request": text, "call": {"name": "f", "arguments": arguments}}, [], x, FIRST
     )
