@@ -72,15 +72,16 @@ class Config:
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
     tau: float = flag(0.95, "adapt where the margin is below it; 2: always, 0: never [paper]")
     k: int = flag(1, "pairs to train on, at most [paper]")
-    drafts: int = flag(4, "so many at once; the k closest to x of those that pass [ours; paper: 1]")
-    attempts: int = flag(4, "so many times at most, until k drafts pass [ours; paper: 1]")
+    drafts: int = flag(4, "so many free ones at once [paper: 1]; 0: for each plausible tool [ours]")
+    plausible: float = flag(0.05, "a tool is above this p, or one of the two likeliest [ours]")
+    attempts: int = flag(4, "so many times at most, until enough drafts pass [ours; paper: 1]")
     temperature: float = flag(1.0, "of drafts; answers are greedy [ours]")
     check: bool = flag(True, "drafts must pass the label-free checks [ours]")
     max_new_tokens: int = flag(256, "at most, in a draft or an answer [ours]")
     lora_rank: int = flag(8, "r [paper]")
     lora_alpha: float = flag(16.0, "the LoRA's output is scaled by alpha / r [paper]")
-    optimizer: Literal["sgd", "adamw"] = flag("sgd", "steps of length lr [ours], or AdamW [paper]")
-    lr: float = flag(0.1, "peak of the cosine schedule [ours; paper: 1e-4, adamw]")
+    optimizer: Literal["sgd", "adamw"] = flag("sgd", "normalised steps [ours], or AdamW [paper]")
+    lr: float = flag(3e-4, "of the cosine; sgd: a parameter's change, r.m.s. [ours; paper: 1e-4]")
     epochs: int = flag(5, "steps, each on all k pairs [paper: 5, k = 1]")
     adapt: Literal["suffix", "full"] = flag("suffix", "behind the tools [ours], everywhere [paper]")
 
@@ -130,8 +131,9 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
         return by_base("certain" if result.margin >= cfg.tau else "score not finite")
 
     with stage("generate", teacher[0] if teacher else model):  # G: (x', y') ~ P( . | x)
-        result.drafts = generate(*(teacher or (model, tok)), x, after_tools, cfg, supplied)
-    result.pairs = closest(result.drafts, x.request)[: cfg.k]
+        by = teacher or (model, tok)
+        made = generate(*by, x, after_tools, result.logp, cfg, supplied)
+    result.drafts, result.pairs = made
     if not result.pairs:
         return by_base("no pair")
     spans = [pair_span(x, pair) for pair in result.pairs]
@@ -187,27 +189,78 @@ DRAFT = (
 UNSAID = "a value is not in the request"  # it may be written otherwise there: used as a last resort
 
 
-def generate(model, tok, x, after_tools, cfg, supplied=None):
-    """G. -> drafts [{text, verdict, pair}] of the model, or a teacher, written until K are kept."""
-    drafts = []
-    for pair in supplied or []:  # they were written elsewhere
-        drafts.append(judge(dumps(pair), drafts, x, cfg))
-    if supplied is not None:
-        return drafts
+def generate(model, tok, x, after_tools, logp, cfg, supplied=None):
+    """G. -> (drafts [{text, verdict, pair}], the pairs to train on): the K closest to x of free
+    drafts or of supplied pairs; or one for each plausible tool, if each of them has one."""
+    drafts, pairs = [], []
+    if supplied is not None:  # they were written elsewhere
+        for pair in supplied:
+            drafts.append(judge(dumps(pair), drafts, x, cfg))
+        return drafts, closest(drafts, x.request)[: cfg.k]
     try:
-        turns = [*x.system, turn("user", DRAFT + x.request)]
-        ids = to_ids(tok, cfg, render(tok, cfg, x.tools, turns)[0])
+        prompt, _ = render(tok, cfg, x.tools, [*x.system, turn("user", DRAFT + x.request)])
+        ids = to_ids(tok, cfg, prompt)
     except InputError as e:
-        return [{"text": "", "verdict": str(e), "pair": None}]
+        return [{"text": "", "verdict": str(e), "pair": None}], []
     asked = Prefix(model, ids[:-1], after_tools)
-    kept = 0
-    while kept < cfg.k and len(drafts) < cfg.attempts * cfg.drafts:
-        seeded = [draw(cfg.seed, x.id, "draft", len(drafts) + i) for i in range(cfg.drafts)]
-        uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=g) for g in seeded])
-        for text in write(tok, ids, asked, cfg, uniform, hopeless):
-            drafts.append(judge(text, drafts, x, cfg))
-            kept += drafts[-1]["verdict"] == "kept"
-    return drafts
+    for tool in [None] if cfg.drafts else plausible(logp, cfg):
+        first, kept, n = len(drafts), 0, 1 if tool else cfg.k
+        for _ in range(cfg.attempts):
+            if tool:
+                g = draw(cfg.seed, x.id, tool, len(drafts) - first)
+                texts = [fill(form(x.tools, tool, g), tok, prompt, asked, cfg, g)]
+            else:
+                gs = [draw(cfg.seed, x.id, "draft", len(drafts) + i) for i in range(cfg.drafts)]
+                uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=g) for g in gs])
+                texts = write(tok, ids, asked, cfg, uniform, hopeless)
+            for text in texts:
+                drafts.append(judge(text, drafts, x, cfg))
+                kept += drafts[-1]["verdict"] == "kept"
+            if kept >= n:
+                break
+        best = closest(drafts[first:], x.request)[:n]
+        if not best:  # a pair for one of two likely tools would pull the answer to it
+            return drafts, []
+        pairs += best
+    return drafts, pairs
+
+
+def plausible(logp, cfg):
+    """-> what the model hesitates between: the two likeliest tools, and more, up to K, by p."""
+    p = torch.tensor([*logp.values()], dtype=torch.float64).softmax(0).tolist()  # (N,)
+    ranked = sorted(zip(p, logp, strict=True), reverse=True)[: cfg.k]
+    return [tool for n, (p, tool) in enumerate(ranked) if n < 2 or p > cfg.plausible]
+
+
+GAP = "\0"  # where a JSON value is to be written
+VALUES = (' "a"', " 1", " [1]", " {}", " true")  # how one may begin
+
+
+def form(tools, name, generator):
+    """-> a draft for a tool with gaps: for what its schema requires, and for the rest by a draw."""
+    rules, required, complete = schema_of(tools, name)
+    drawn = torch.rand(len(rules), generator=generator).tolist()
+    keys = [key for key, level in zip(rules, drawn, strict=True) if key in required or level < 0.5]
+    arguments = " {" + ", ".join(f"{dumps(key)}:{GAP}" for key in keys) + "}"
+    arguments = arguments if complete else GAP
+    return f'{{"call": {{"name": {dumps(name)}, "arguments":{arguments}}}, "request":{GAP}}}'
+
+
+def fill(form, tok, prompt, asked, cfg, generator):
+    """-> the draft, each value written behind all that stands before it; or up to a failure."""
+    text, *others = form.split(GAP)
+    for given in others:
+        spans = [encode(tok, prompt, text + value) for value in VALUES]
+        ids = os.path.commonprefix([ids for ids, _ in spans])  # tokens may merge at its end
+        known = (text + " ")[: spans[0][1][len(ids) - 1] - len(prompt)]  # what ids say of it
+        uniform = torch.rand(1, cfg.max_new_tokens, generator=generator)
+        over = functools.partial(value_end, known, len(text))
+        written = known + write(tok, ids, asked, cfg, uniform, over)[0]
+        end = value_end("", len(text), written)
+        if end < 1 or not written.startswith(text):
+            return written
+        text = written[:end] + given
+    return text
 
 
 def judge(text, before, x, cfg):
@@ -345,10 +398,11 @@ def train(spans, frozen, lora, cfg):
             adamw.param_groups[0]["lr"] = lr
             adamw.step()
         else:  # FORK HERE: another update rule
-            norm = torch.nn.utils.get_total_norm(gradients).clamp(min=1e-12)  # of all parameters
+            size = sum(p.numel() for p in lora)  # so that one rate fits models of all sizes
+            rms = torch.nn.utils.get_total_norm(gradients).clamp(min=1e-12) / size**0.5
             with torch.no_grad():
                 for p, g in zip(lora, gradients, strict=True):
-                    p -= lr * g / norm
+                    p -= lr * g / rms
         losses.append(loss.item())
     return losses
 
@@ -663,6 +717,17 @@ def hopeless(text):
         return len(text) > 200  # characters
     begins = '"call"'.startswith(opening[1]) or '"request"'.startswith(opening[1])
     return not begins or read_object(text, opening.start())[0] is not None
+
+
+def value_end(known, at, written):
+    """Where the JSON value that begins at `at` ends; 0: it may go on, -1: there is none."""
+    text = jsonlike(known + written)
+    at = len(text) - len(text[at:].lstrip())
+    value, end = read_object(text, at)
+    if value == {} and end == at + 1:
+        return -1
+    closed = value is not None and (text[at] in '"[{' or end < len(text))
+    return end if closed else 0
 
 
 def to_call(value):
@@ -1053,7 +1118,7 @@ def parse_flags(argv):
         value = getattr(cfg, f.name)
         need(value != [], f"--{f.name}: a value is missing")  # so argparse reads --k=--
         if f.type in (int, float) and f.name != "seed":
-            least = int(f.type is int and f.default > 0)
+            least = int(f.type is int and f.name not in ("limit", "drafts"))
             need(least <= value <= 10**6, f"--{f.name} {value}: must be from {least} to 1000000")
     return cfg
 

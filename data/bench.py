@@ -96,9 +96,9 @@ def forced():
     """While it is open, every draft and answer has its full length, and PAIR is trained on."""
     generate = ttsi.generate
 
-    def long(model, tok, x, after_tools, cfg, supplied=None):
+    def long(model, tok, x, after_tools, logp, cfg, supplied=None):
         cfg = dataclasses.replace(cfg, max_new_tokens=DRAFT)
-        return generate(model, tok, x, after_tools, cfg, supplied)
+        return generate(model, tok, x, after_tools, logp, cfg, supplied)
 
     def judge(text, *_):
         return {"text": text, "verdict": "kept", "pair": PAIR}

@@ -29,6 +29,7 @@ import bench  # noqa: E402
 import checks  # noqa: E402
 import convert  # noqa: E402
 import experiments  # noqa: E402
+import smollm2  # noqa: E402
 import world  # noqa: E402
 
 import ttsi  # noqa: E402
@@ -583,7 +584,7 @@ def test_one_adapter_for_all_starts_as_the_base_and_learns(lab):
 
 
 def test_a_kept_adapter_begins_as_the_temporary_one(lab):
-    kept, fresh = experiments.stream(lab, 0, 0.2), lab.run(0, "--tau 2 --lr 0.2")
+    kept, fresh = experiments.stream(lab, 0, 6e-4), lab.run(0, "--tau 2 --lr 6e-4")
     at = next(i for i, r in enumerate(fresh) if r["margin"] < 0.95 and r["pairs"])
     for a, b in zip(kept[:at], fresh, strict=False):
         assert a["answer"] == b["direct"], f"{a['id']}: nothing was learned before"
@@ -875,6 +876,76 @@ def test_all_experiments_run_quickly(tmp_path, monkeypatch, capsys):
     assert "left out" not in text, "a row was left out"
     for file, was in before.items():
         assert file.read_bytes() == was, f"a look publishes nothing, but {file} changed"
+
+
+# ------------------------------------------------------------------------- the real model
+def test_a_model_is_taught_and_its_folder_is_base_plus_delta(tmp_path, tok, capsys):
+    """In two steps, on items of the own world in the place of BFCL's."""
+    lines = (HERE / "dev.jsonl").read_text().splitlines()[:40]
+    for n, category in enumerate(smollm2.CATEGORIES):
+        (tmp_path / f"canonical_{category}.jsonl").write_text("\n".join(lines[n::4]))
+    (tmp_path / "test.jsonl").write_text("\n".join(lines[:3]))
+    delta, out = tmp_path / "delta.safetensors", tmp_path / "out"
+    flags = f"--base {HERE / 'model'} --train {tmp_path} --tests {tmp_path / 'test.jsonl'}"
+    flags += f" --steps 2 --lr 0.5 --rows 4 --longest 1500 --delta {delta} --out {out}"
+    smollm2.main(flags.split())
+    told = capsys.readouterr().out
+    assert "37 items" in told and "3 stand in a test file" in told and "the base" not in told
+    cfg = ttsi.Config(model=str(out), lora_rank=32, lora_alpha=64.0)
+    (model, tok), (base, _) = ttsi.load(str(out), cfg), smollm2.get_base(HERE / "model")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with smollm2.safe_open(delta, "pt") as tensors:
+        assert set(tensors.metadata()) == {"base", "losses, means of 20 steps", "run", "scale"}
+        with ttsi.temporary_lora(base, cfg, ttsi.draw(0)) as lora:
+            before = base(ids).logits
+            for n, p in enumerate(lora):
+                p.data = tensors.get_tensor(f"{n // 2}.{'AB'[n % 2]}").float()
+            want = base(ids).logits
+    change, error = (want - before).abs().max(), (want - model(ids).logits).abs().max()
+    assert change > 0.1 and error < change / 10, "not base plus delta"
+    assert ttsi.takes_tools(tok), "the folder's template shows no tools"
+
+
+def test_the_rows_of_the_real_model(tok):
+    """Half answer, half write a pair about another request, with its tool on offer."""
+    tok = copy.deepcopy(tok)
+    tok.chat_template = smollm2.TEMPLATE
+    items = [ttsi.to_sample(r) for r in read(HERE / "dev.jsonl")[:60]]
+    for item in items:
+        item["request"] = item["messages"][0]["content"]
+        item["tool"] = next(t for t in item["tools"] if t["name"] == item["call"]["name"])
+    rows = smollm2.Rows(items, tok, 0)
+    calls = {item["request"]: item["call"] for item in items}
+    kinds = Counter()
+    for _ in range(60):
+        ids, begin = rows.row()
+        prompt, output = tok.decode(ids[:begin]), tok.decode(ids[begin:])
+        shown = prompt.partition(ttsi.DRAFT)[2] or prompt.rpartition("user\n")[2]
+        request = shown.partition("<|im_end|>")[0]
+        value, rest = ttsi.parse(output)
+        answers = ttsi.DRAFT not in prompt
+        call, kinds[answers] = value if answers else value["call"], kinds[answers] + 1
+        assert call == calls[request if answers else value["request"]], "another's call"
+        assert answers or not ttsi.copies(value["request"], request), "a copy of the seed"
+        assert f'"name": "{call["name"]}"' in prompt, "its tool is not on offer"
+        assert rest == "<|im_end|>" or rest == tok.eos_token, "the turn does not end"
+    assert min(kinds.values()) > 15
+
+
+def test_native_is_ours_in_the_real_models_template(tok):
+    """Of a single request; a dialogue has turns of its own, with its system text and calls."""
+    tok = copy.deepcopy(tok)
+    tok.chat_template = smollm2.TEMPLATE
+    sample = ttsi.to_sample(read(HERE / "dev.jsonl")[0])
+    one, other = (ttsi.prepare(tok, sample, ttsi.Config(prompt=p)) for p in ("native", "ours"))
+    assert one.ids == other.ids and one.candidates == other.candidates
+    call = {"name": "f", "arguments": {"x": "\u00e9"}}
+    said = [ttsi.turn("system", "Be brief."), ttsi.turn("user", "one")]
+    said += [ttsi.turn("assistant", "", tool_calls=[{"function": call}]), ttsi.turn("tool", "2")]
+    text = tok.apply_chat_template(said, tools=[{"function": call}], tokenize=False)
+    system = f"Be brief.\n\n{ttsi.SYSTEM}{ttsi.dumps(call)}"
+    turns = [("system", system), ("user", "one"), ("assistant", ttsi.dumps(call)), ("tool", "2")]
+    assert text == "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
 
 
 # -------------------------------------------------------------------------------- the bench
