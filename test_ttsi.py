@@ -683,7 +683,7 @@ LOGP = {"get": math.log(0.3), "get_all": math.log(0.64), "get_all_users": math.l
 
 
 def test_plausible_are_the_two_likeliest_and_what_is_above_the_threshold():
-    for k, threshold, n in ((3, 0.05, 3), (3, 0.07, 2), (2, 0.0, 2), (1, 0.0, 1), (9, 0.9, 2)):
+    for k, threshold, n in ((3, 0.05, 3), (3, 0.07, 2), (2, 0.0, 2), (9, 0.9, 2)):
         cfg = config(k=k, plausible=threshold)
         assert ttsi.plausible(LOGP, cfg) == ["get_all", "get", "get_all_users"][:n], (k, threshold)
     assert ttsi.plausible({"only": -3.0}, config(k=3)) == ["only"]
@@ -693,28 +693,32 @@ def test_a_form_dictates_the_schemas_keys_and_draws_the_optional_ones():
     schema = {"properties": {"a": STRING, "b": STRING, "c": STRING}, "required": ["b"]}
     tools, seen = [{"name": 'q"', "parameters": schema}, {"name": "free"}], set()
     for i in range(40):
-        pair = json.loads(ttsi.form(tools, 'q"', ttsi.draw(i)).replace(ttsi.GAP, " 1"))
+        pair = json.loads(ttsi.outline(tools, 'q"', ttsi.draw(i)).replace(ttsi.GAP, " 1"))
         assert list(pair) == ["call", "request"] and pair["call"]["name"] == 'q"'
         seen.add("".join(pair["call"]["arguments"]))
     assert seen == {"b", "ab", "bc", "abc"}
-    text = ttsi.form(tools, "free", ttsi.draw(0))
+    text = ttsi.outline(tools, "free", ttsi.draw(0))
     assert text == f'{{"call": {{"name": "free", "arguments":{ttsi.GAP}}}, "request":{ttsi.GAP}}}'
 
 
 VALUE_ENDS = [(' "a", ', 4), (' "a', 0), (" 12", 0), (" 12,", 3), (" [1, [2]] x", 9), (" {}", 3)]
-VALUE_ENDS += [(" tru", 0), (" true}", 5), (" True,", 5), ("", 0), (" hm, no", -1), (" 01,", 2)]
-VALUE_ENDS += [(r' "a\"b" ', 7), ("nan,", -1), (" -", 0)]
+VALUE_ENDS += [(" tru", 0), (" true}", 5), (" True,", 5), ("", 0), (" hm, no", -1), (" -", 0)]
+VALUE_ENDS += [(r' "a\\"b" ', 7), ("nan,", -1), (" 1.", 0), (" 3.5,", 4), (" 2e", 0), (" 2e5}", 4)]
+VALUE_ENDS += [(" null", 0), (" null,", 5), (" None}", 5), (' [{"name": "x"}', 0), ("  ", 0)]
 
 
 @pytest.mark.parametrize("text,end", VALUE_ENDS)
 def test_where_a_value_ends(text, end):
-    assert ttsi.value_end("", 0, text) == end
-    assert ttsi.value_end("{x", 3, " " + text) == (end + 3 if end > 0 else end), "behind a text"
+    assert ttsi.value_end("", text) == end
+    begun = '{"x": [1], "y":'
+    assert ttsi.value_end(begun, begun + text) == (end + len(begun) if end > 0 else end)
+    assert ttsi.value_end(begun, begun[:4]) == 0, "it may still be written"
+    assert ttsi.value_end(begun, begun[:4] + text + "~") == -1, "other keys than those dictated"
 
 
 def test_values_are_written_where_the_form_has_gaps(llama, tok, monkeypatch):
     x, (_, tools, _) = begin(llama, tok, SAMPLES[1])
-    form = ttsi.form(x.tools, "book_flight", ttsi.draw(1))
+    form = ttsi.outline(x.tools, "book_flight", ttsi.draw(1))
     assert form.count(ttsi.GAP) == 3, "city, days and the request"
     start = prompt(tok, x, "ask")
     asked = ttsi.Prefix(llama, tok(start).input_ids[:-1], tools)
@@ -774,11 +778,9 @@ def test_the_embedded_model_fills_forms(embedded):
             wanted = ttsi.plausible(got.logp, cfg)
             names = [p["call"]["name"] for p in got.pairs]
             assert names == (wanted if got.pairs else []), "a pair for another tool"
-            kept = [d["pair"] for d in got.drafts if d["verdict"] == "kept"]
             assert all(
                 json.loads(d["text"])["call"] == d["pair"]["call"] for d in got.drafts if d["pair"]
             )
-            assert len(kept) >= len(names) - 1
     assert found[:3] == found[3:6] != found[6:] and sum(map(len, found)) > 12
 
 

@@ -72,8 +72,10 @@ class Config:
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
     tau: float = flag(0.95, "adapt where the margin is below it; 2: always, 0: never [paper]")
     k: int = flag(1, "pairs to train on, at most [paper]")
-    drafts: int = flag(4, "so many free ones at once [paper: 1]; 0: for each plausible tool [ours]")
-    plausible: float = flag(0.05, "a tool is above this p, or one of the two likeliest [ours]")
+    drafts: int = flag(4, "so many free ones at once [paper: 1]; 0: see --plausible [ours]")
+    plausible: float = flag(
+        0.05, "--drafts 0: a pair for each of the two likeliest tools, and for others above this p"
+    )
     attempts: int = flag(4, "so many times at most, until enough drafts pass [ours; paper: 1]")
     temperature: float = flag(1.0, "of drafts; answers are greedy [ours]")
     check: bool = flag(True, "drafts must pass the label-free checks [ours]")
@@ -98,7 +100,7 @@ class Result:
     logp: dict = dataclasses.field(default_factory=dict)  # H: tool name -> log P(a_n | x), nats
     margin: float | None = None  # H: u = p(1) - p(2), from 0 to 1
     drafts: list = dataclasses.field(default_factory=list)  # G: all, {text, verdict, pair or None}
-    pairs: list = dataclasses.field(default_factory=list)  # G: the K closest, {request, call}
+    pairs: list = dataclasses.field(default_factory=list)  # G: trained on, {request, call}
     loss: list = dataclasses.field(default_factory=list)  # T: before each step, nats per token
     decision: str = ""  # "adapted", or why the base answers, or why there is no answer
     answer: str = ""  # the text that the model wrote
@@ -130,9 +132,9 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
     if not result.margin < cfg.tau:  # certain, or nan: to compare with it is false
         return by_base("certain" if result.margin >= cfg.tau else "score not finite")
 
-    with stage("generate", teacher[0] if teacher else model):  # G: (x', y') ~ P( . | x)
-        by = teacher or (model, tok)
-        made = generate(*by, x, after_tools, result.logp, cfg, supplied)
+    writer = teacher or (model, tok)
+    with stage("generate", writer[0]):  # G: (x', y') ~ P( . | x)
+        made = generate(*writer, x, after_tools, result.logp, cfg, supplied)
     result.drafts, result.pairs = made
     if not result.pairs:
         return by_base("no pair")
@@ -203,20 +205,19 @@ def generate(model, tok, x, after_tools, logp, cfg, supplied=None):
     except InputError as e:
         return [{"text": "", "verdict": str(e), "pair": None}], []
     asked = Prefix(model, ids[:-1], after_tools)
-    for tool in [None] if cfg.drafts else plausible(logp, cfg):
-        first, kept, n = len(drafts), 0, 1 if tool else cfg.k
+    for tool in [None] if cfg.drafts else plausible(logp, cfg):  # None: any
+        first, n = len(drafts), 1 if tool else cfg.k
         for _ in range(cfg.attempts):
             if tool:
                 g = draw(cfg.seed, x.id, tool, len(drafts) - first)
-                texts = [fill(form(x.tools, tool, g), tok, prompt, asked, cfg, g)]
+                texts = [fill(outline(x.tools, tool, g), tok, prompt, asked, cfg, g)]
             else:
                 gs = [draw(cfg.seed, x.id, "draft", len(drafts) + i) for i in range(cfg.drafts)]
                 uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=g) for g in gs])
                 texts = write(tok, ids, asked, cfg, uniform, hopeless)
             for text in texts:
                 drafts.append(judge(text, drafts, x, cfg))
-                kept += drafts[-1]["verdict"] == "kept"
-            if kept >= n:
+            if sum(draft["verdict"] == "kept" for draft in drafts[first:]) >= n:
                 break
         best = closest(drafts[first:], x.request)[:n]
         if not best:  # a pair for one of two likely tools would pull the answer to it
@@ -227,40 +228,51 @@ def generate(model, tok, x, after_tools, logp, cfg, supplied=None):
 
 def plausible(logp, cfg):
     """-> what the model hesitates between: the two likeliest tools, and more, up to K, by p."""
-    p = torch.tensor([*logp.values()], dtype=torch.float64).softmax(0).tolist()  # (N,)
-    ranked = sorted(zip(p, logp, strict=True), reverse=True)[: cfg.k]
-    return [tool for n, (p, tool) in enumerate(ranked) if n < 2 or p > cfg.plausible]
+    p = torch.tensor([*logp.values()], dtype=torch.float64).softmax(0)  # (N,)
+    p, order = p.sort(descending=True)
+    n = max(2, int((p > cfg.plausible).sum()))
+    return [[*logp][i] for i in order[: min(n, cfg.k)]]
 
 
 GAP = "\0"  # where a JSON value is to be written
 VALUES = (' "a"', " 1", " [1]", " {}", " true")  # how one may begin
 
 
-def form(tools, name, generator):
+def outline(tools, name, generator):
     """-> a draft for a tool with gaps: for what its schema requires, and for the rest by a draw."""
     rules, required, complete = schema_of(tools, name)
     drawn = torch.rand(len(rules), generator=generator).tolist()
     keys = [key for key, level in zip(rules, drawn, strict=True) if key in required or level < 0.5]
     arguments = " {" + ", ".join(f"{dumps(key)}:{GAP}" for key in keys) + "}"
-    arguments = arguments if complete else GAP
+    arguments = arguments if rules or complete else GAP
     return f'{{"call": {{"name": {dumps(name)}, "arguments":{arguments}}}, "request":{GAP}}}'
 
 
-def fill(form, tok, prompt, asked, cfg, generator):
+def fill(outline, tok, prompt, asked, cfg, generator):
     """-> the draft, each value written behind all that stands before it; or up to a failure."""
-    text, *others = form.split(GAP)
+    text, *others = outline.split(GAP)
     for given in others:
-        spans = [encode(tok, prompt, text + value) for value in VALUES]
-        ids = os.path.commonprefix([ids for ids, _ in spans])  # tokens may merge at its end
-        known = (text + " ")[: spans[0][1][len(ids) - 1] - len(prompt)]  # what ids say of it
-        uniform = torch.rand(1, cfg.max_new_tokens, generator=generator)
-        over = functools.partial(value_end, known, len(text))
-        written = known + write(tok, ids, asked, cfg, uniform, over)[0]
-        end = value_end("", len(text), written)
-        if end < 1 or not written.startswith(text):
+        written = write_value(text, tok, prompt, asked, cfg, generator)
+        end = value_end(text, written)
+        if end < 1:
             return written
         text = written[:end] + given
     return text
+
+
+def write_value(text, tok, prompt, asked, cfg, generator):
+    """-> the text, and behind it a JSON value and what else its last token holds."""
+    spans = [encode(tok, prompt, text + value) for value in VALUES]
+    ids = os.path.commonprefix([ids for ids, _ in spans])  # tokens may merge where they meet
+    known = (text + " ")[: spans[0][1][len(ids) - 1] - len(prompt)]  # what ids say of it
+    room = len(asked.ids) + 1 + cfg.max_new_tokens - len(ids)  # tokens, of the whole draft's
+    if room < 1:
+        return text
+    uniform = torch.rand(1, room, generator=generator)
+    left = dataclasses.replace(cfg, max_new_tokens=room)
+    return (
+        known + write(tok, ids, asked, left, uniform, lambda new: value_end(text, known + new))[0]
+    )
 
 
 def judge(text, before, x, cfg):
@@ -291,7 +303,7 @@ def fault(pair, before, x, cfg):
         if is_text and not rule.get("enum"):
             texts.append(value.strip().casefold())
     typed = [fits(value, rules[key]) for key, value in arguments.items() if key in rules]
-    earlier = [words(draft["pair"]["request"]) for draft in before if draft["pair"]]
+    earlier = [words(d["pair"]["request"]) for d in before if d["verdict"] == "kept"]
     faults = {
         "tool not on offer": pair["call"]["name"] not in [tool["name"] for tool in x.tools],
         "required argument missing": not required <= arguments.keys(),
@@ -453,9 +465,9 @@ def logprob(spans, prefix):
 
 
 @torch.no_grad()
-def write(tok, ids, prefix, cfg, uniform=None, over=lambda text: False):
-    """-> [greedy text, up to an end, a call or a pair]; or R texts drawn by uniform (R, tokens),
-    that end, too, where they are over(text)."""
+def write(tok, ids, prefix, cfg, uniform=None, over=lambda text: parse(text)[0]):
+    """-> [greedy text, up to an end token or where it is over: a call]; or R texts that are drawn
+    by uniform (R, tokens)."""
     ends = prefix.model.generation_config.eos_token_id  # all that is used of it
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     n = 1 if uniform is None else len(uniform)
@@ -474,8 +486,7 @@ def write(tok, ids, prefix, cfg, uniform=None, over=lambda text: False):
                 if token not in ends:
                     written[row].append(token)
                 text = tok.decode(written[row], skip_special_tokens=True)
-                done = parse(text)[0] or over(text)
-                if token in ends or step == cfg.max_new_tokens - 1 or done:
+                if token in ends or step == cfg.max_new_tokens - 1 or over(text):
                     texts[row] = text
         if None not in texts:
             break
@@ -719,15 +730,19 @@ def hopeless(text):
     return not begins or read_object(text, opening.start())[0] is not None
 
 
-def value_end(known, at, written):
-    """Where the JSON value that begins at `at` ends; 0: it may go on, -1: there is none."""
-    text = jsonlike(known + written)
-    at = len(text) - len(text[at:].lstrip())
-    value, end = read_object(text, at)
+def value_end(text, written):
+    """Where the JSON value ends that is written behind a text; 0: it may go on, -1: never."""
+    if not written.startswith(text):
+        return 0 if text.startswith(written) else -1
+    written = jsonlike(written)
+    at = len(written) - len(written[len(text) :].lstrip())
+    value, end = read_object(written, at)
+    if end == at:
+        return 0
     if value == {} and end == at + 1:
         return -1
-    closed = value is not None and (text[at] in '"[{' or end < len(text))
-    return end if closed else 0
+    more = written[at] not in '"[{' and re.fullmatch(r"[\w.+-]*", written[end:])  # of a number
+    return 0 if more else end
 
 
 def to_call(value):
@@ -1120,6 +1135,7 @@ def parse_flags(argv):
         if f.type in (int, float) and f.name != "seed":
             least = int(f.type is int and f.name not in ("limit", "drafts"))
             need(least <= value <= 10**6, f"--{f.name} {value}: must be from {least} to 1000000")
+    need(cfg.drafts or cfg.k > 1, "--drafts 0 writes for two tools and more: --k 2 at least")
     return cfg
 
 

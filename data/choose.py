@@ -1,9 +1,10 @@
 """What is chosen on dev, on a real model: cells of flags, compared with the direct answer.
 
-    python data/choose.py --model FOLDER --data canonical_dev_200.jsonl --limit 60 [CELL ...]
+    python data/choose.py --model FOLDER --data canonical_dev_200.jsonl [CELL ...]
 
 Rows go to data/results/choice/ as they come and are never made twice; a certain input is answered
 once, and cells that share their pairs have them from one of them. The table is of what is there.
+Where the best of many cells is taken, its interval is too good: what is chosen is to be confirmed.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 from unittest import mock
 
 import transformers
@@ -27,22 +27,23 @@ import ttsi  # noqa: E402
 KEPT = HERE / "results" / "choice"
 
 
-# -------------------------------------------------------------------------- pairs of other kinds
+# ---------------------------------------------------------------------- pairs that none has written
 def itself(sample, pool):
     """The item with its LABEL: no method, the most that training could do."""
     return [labelled(sample)]
 
 
 def neighbours(sample, pool):
-    """TTT-NN: the nearest labelled examples, each with its own tools."""
-    others = [item for item in pool if item["id"] != sample["id"]]
-    drafts = [{"verdict": "kept", "pair": labelled(item)} for item in others]
-    return ttsi.closest(drafts, ttsi.user_text(sample["messages"]))[:3]
+    """TTT-NN: the three nearest labelled examples of other requests, each with its own tools."""
+    request = labelled(sample)["request"]
+    drafts = [{"verdict": "kept", "pair": labelled(item)} for item in pool]
+    others = [d for d in drafts if not ttsi.copies(d["pair"]["request"], request)]
+    return ttsi.closest(others, request)[:3]
 
 
 def labelled(sample):
-    request = ttsi.user_text(sample["messages"])
-    return {"request": request, "call": sample["call"], "tools": sample["tools"]}
+    request = ttsi.user_text([m for m in sample["messages"] if m["role"] != "system"])
+    return {"request": request, "call": sample["call"], "sample": sample}
 
 
 def with_own_tools(pairs):
@@ -50,14 +51,16 @@ def with_own_tools(pairs):
     ours = ttsi.pair_span
 
     def pair_span(x, pair):
-        return ours(SimpleNamespace(**vars(x) | {"tools": pair["tools"]}), pair)
+        return ours(ttsi.prepare(x.tok, pair["sample"], x.cfg), pair)
 
     return mock.patch.multiple(ttsi, generate=lambda *_: ([], pairs), pair_span=pair_span)
 
 
 EACH = "--drafts 0 --k 3 --temperature 0.7"
-# cell -> flags, and where its pairs are from: written, another cell's, or a function below
+DIRECT = "direct"
+# cell -> flags, and where its pairs are from: written, another cell's, or a function
 CELLS = {
+    DIRECT: ("--tau 0", None),
     "each": (EACH, None),  # a pair for each plausible tool
     "each-lr1e-4": (f"{EACH} --lr 1e-4", "each"),
     "each-lr6e-4": (f"{EACH} --lr 6e-4", "each"),
@@ -66,70 +69,79 @@ CELLS = {
     "each-two-tools": (f"{EACH} --k 2", None),
     "each-temperature-1": (f"{EACH} --temperature 1", None),
     "each-unchecked": (f"{EACH} --no-check", None),
-    "each-our-prompt": (f"{EACH} --prompt ours", None),
     "free": ("--drafts 4 --k 1 --temperature 0.7", None),
     "free-lr1e-4": ("--drafts 4 --k 1 --temperature 0.7 --lr 1e-4", "free"),
     "neighbours": (f"{EACH} --no-check", neighbours),
-    "itself": (f"{EACH} --k 1", itself),
+    "itself": (f"{EACH} --no-check", itself),
 }
-DIRECT = "direct"  # --tau 0, for all of them
 
 
 # ------------------------------------------------------------------------------- rows and table
 def flags_of(args, cell):
-    flags = CELLS[cell][0] if cell != DIRECT else "--tau 0"
     shared = ["--model", args.model, "--data", args.data, "--dtype", args.dtype]
-    return ttsi.parse_flags([*shared, *flags.split()])
+    return ttsi.parse_flags([*shared, *CELLS[cell][0].split()])
 
 
 def read_rows(cell):
+    """-> {id: row} of the whole lines of a cell."""
     path = KEPT / f"{cell}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {row["id"]: row for row in map(json.loads, lines)}
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return {row["id"]: row for row in rows}
 
 
-def answered(model, tok, sample, cfg, pairs=None):
-    """-> a row: Algorithm 1, graded."""
-    result = ttsi.tt_si(model, tok, sample, cfg, pairs)
+def certain(row, tau):
+    return row["margin"] is None or row["margin"] >= tau
+
+
+def to_row(result, sample):
     row = dataclasses.asdict(result) | {"scores": ttsi.grade(result.answer, sample)}
     row["logp"] = {name: round(value, 3) for name, value in row["logp"].items()}
     row["cost"] = {k: [round(s, 2), tokens] for k, (s, tokens) in row["cost"].items()}
-    return row
+    for pair in row["pairs"]:
+        pair.pop("sample", None)
+    return json.loads(json.dumps(row), parse_constant=lambda name: None)
 
 
 def make_rows(args, cell, model, tok, samples, pool):
-    """Makes what is missing of a cell; `direct` must be there."""
+    """Makes what is missing of a cell; its settings stand beside its rows."""
     cfg, rows, direct = flags_of(args, cell), read_rows(cell), read_rows(DIRECT)
-    source = None if cell == DIRECT else CELLS[cell][1]
+    source = CELLS[cell][1]
     written = read_rows(source) if source in CELLS else {}
+    what = {"flags": CELLS[cell][0], "dtype": args.dtype, "model": ttsi.fingerprint(model, tok)}
+    what["data"] = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16]
+    beside = KEPT / f"{cell}.settings.json"
+    begun = json.loads(beside.read_text()) if beside.exists() else what
+    ttsi.need(begun == what, f"{beside}: rows of {begun}, not of {what}")
+    ttsi.save(beside, [json.dumps(what)])
+    ttsi.save(KEPT / f"{cell}.jsonl", map(ttsi.dumps, rows.values()))  # without a torn line
     for sample in tqdm(samples, desc=cell):
         i = sample["id"]
-        if i in rows or (cell != DIRECT and direct[i]["margin"] >= cfg.tau):
+        if i in rows or (cell != DIRECT and certain(direct[i], cfg.tau)):
             continue
-        if source in CELLS:
-            row = answered(model, tok, sample, cfg, written[i]["pairs"])
-        elif source:
+        if callable(source):
             with with_own_tools(source(sample, pool)):
-                row = answered(model, tok, sample, cfg)
+                result = ttsi.tt_si(model, tok, sample, cfg)
         else:
-            row = answered(model, tok, sample, cfg)
-        ttsi.save(KEPT / f"{cell}.jsonl", [ttsi.dumps(row)], "a")
+            result = ttsi.tt_si(model, tok, sample, cfg, written[i]["pairs"] if source else None)
+        ttsi.save(KEPT / f"{cell}.jsonl", [ttsi.dumps(to_row(result, sample))], "a")
 
 
 def table(args, samples):
-    """Prints each cell beside the direct answer, over the items that it has."""
+    """Prints each cell beside the direct answer, over the first items, as far as it has them."""
     direct = read_rows(DIRECT)
     print(
         "| cell | items | names | calls | difference [95 %] | better, worse | adapted | drafts kept"
         " | seconds |\n|---|---|---|---|---|---|---|---|---|"
     )
-    for cell in [DIRECT, *CELLS]:
-        rows, tau = read_rows(cell), flags_of(args, cell).tau
-        mine = [s["id"] for s in samples if s["id"] in direct]
-        mine = [i for i in mine if i in rows or direct[i]["margin"] >= tau]
-        if not rows or not mine:
+    for cell in CELLS:
+        rows, cfg, pairs = read_rows(cell), flags_of(args, cell), []
+        for i in [sample["id"] for sample in samples]:
+            if i not in direct or (i not in rows and not certain(direct[i], cfg.tau)):
+                break  # what is certain alone would look like no difference
+            pairs.append((direct[i], rows.get(i, direct[i])))
+        if not rows or not pairs:
             continue
-        pairs = [(direct[i], rows.get(i, direct[i])) for i in mine]
         change = {k: [r["scores"][k] - d["scores"][k] for d, r in pairs] for k in ("name", "call")}
         told = []
         for kind, differences in change.items():
@@ -140,24 +152,28 @@ def table(args, samples):
         wins, losses = change["call"].count(1), change["call"].count(-1)
         adapted = sum(r["decision"] == "adapted" for _, r in pairs)
         verdicts = Counter(d["verdict"] for _, r in pairs for d in r["drafts"])
-        kept = f"{verdicts['kept']}/{verdicts.total()}"
+        own = CELLS[cell][1] is None  # its drafts, so that it knows what they cost
+        kept = f"{verdicts['kept']}/{verdicts.total()}" if own else ""
         seconds = fmean(sum(s for s, _ in r["cost"].values()) for _, r in pairs)
         print(
-            f"| {cell} | {len(mine)} | {names:.1f} | {calls:.1f} | {', '.join(told)} |"
-            f" {wins}, {losses} | {adapted} | {kept} | {seconds:.1f} |"
+            f"| {cell} | {len(pairs)} | {names:.1f} | {calls:.1f} | {', '.join(told)} |"
+            f" {wins}, {losses} | {adapted} | {kept} | {f'{seconds:.1f}' if own else ''} |"
         )
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cells", nargs="*", metavar="CELL", help=f"of {', '.join(CELLS)}")
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--pool", nargs="*", default=[], help="labelled files: nearest labelled")
+    parser.add_argument("--pool", nargs="*", default=[], help="labelled files, for neighbours")
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--dtype", default="bfloat16")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
+    unknown = set(args.cells) - set(CELLS)
+    if unknown:
+        parser.error(f"no cell {unknown}")
     samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values())[: args.limit]
     pool = [*samples]
     for path in args.pool:
@@ -165,14 +181,7 @@ def main():
     if args.cells:
         model, tok = ttsi.load(args.model, flags_of(args, DIRECT))
         KEPT.mkdir(parents=True, exist_ok=True)
-        what = {"model": ttsi.fingerprint(model, tok), "dtype": args.dtype}
-        what["data"] = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16]
-        begun = KEPT / "settings.json"
-        if begun.exists():
-            found = json.loads(begun.read_text())
-            ttsi.need(found == what, f"{KEPT}: rows of {found}, not of {what}")
-        ttsi.save(begun, [json.dumps(what)])
-        for cell in [DIRECT, *args.cells]:
+        for cell in dict.fromkeys([DIRECT, *args.cells]):
             make_rows(args, cell, model, tok, samples, pool)
     table(args, samples)
 

