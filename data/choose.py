@@ -161,6 +161,30 @@ def table(args, samples):
         )
 
 
+def seeds(samples):
+    """Prints whether pairs answer to their seed: the words of it that they hold, in percent, and
+    of another's, and how many call the tool that is right for it."""
+    asked = {s["id"]: set(ttsi.words(labelled(s)["request"])) for s in samples}
+    right = {s["id"]: s["call"]["name"] for s in samples}
+    after = dict(zip(asked, [*asked][1:] + [*asked][:1], strict=True))  # another item
+    for cell in [cell for cell in CELLS if CELLS[cell][1] is None]:
+        own, other, called = [], [], []
+        for i, row in read_rows(cell).items():
+            pairs = [draft["pair"] for draft in row["drafts"] if draft["pair"] and i in asked]
+            said = [set(ttsi.words(pair["request"])) for pair in pairs]
+            for found, words in ((own, asked.get(i)), (other, asked.get(after.get(i)))):
+                if pairs:  # a mean for each item
+                    found.append(fmean(100 * len(part & words) / len(words) for part in said))
+            called += [pair["call"]["name"] == right[i] for pair in pairs]
+        if own:
+            low, high = ttsi.interval([a - b for a, b in zip(own, other, strict=True)])
+            print(
+                f"{cell}: {len(called)} pairs hold {fmean(own):.1f} % of the words of their seed,"
+                f" {fmean(other):.1f} % of another's (difference from {low:.1f} to {high:.1f});"
+                f" {100 * fmean(called):.0f} % call the seed's right tool"
+            )
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cells", nargs="*", metavar="CELL", help=f"of {', '.join(CELLS)}")
@@ -184,6 +208,7 @@ def main(argv=None):
         for cell in dict.fromkeys([DIRECT, *args.cells]):
             make_rows(args, cell, model, tok, samples, pool)
     table(args, samples)
+    seeds(samples)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import bench  # noqa: E402
 import checks  # noqa: E402
+import choose  # noqa: E402
 import convert  # noqa: E402
 import experiments  # noqa: E402
 import smollm2  # noqa: E402
@@ -946,6 +947,36 @@ def test_native_is_ours_in_the_real_models_template(tok):
     system = f"Be brief.\n\n{ttsi.SYSTEM}{ttsi.dumps(call)}"
     turns = [("system", system), ("user", "one"), ("assistant", ttsi.dumps(call)), ("tool", "2")]
     assert text == "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
+
+
+def test_cells_are_made_once_and_compared_with_the_direct_answer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(choose, "KEPT", tmp_path)
+    flags = f"--model {ttsi.Config.model} --data {HERE / 'dev.jsonl'} --dtype float32 --limit 6"
+    cells = ["each", "each-lr1e-4", "neighbours", "itself"]
+    choose.main([*flags.split(), *cells])
+    first, rows = capsys.readouterr().out, {cell: choose.read_rows(cell) for cell in choose.CELLS}
+    assert len(rows["direct"]) == 6
+    uncertain = [i for i, row in rows["direct"].items() if row["margin"] < 0.95]
+    assert uncertain and all([*rows[cell]] == uncertain for cell in cells)
+    for i in uncertain:
+        pairs, drafts = rows["each"][i]["pairs"], rows["each"][i]["drafts"]
+        assert all(pair in [draft["pair"] for draft in drafts] for pair in pairs)
+        slower = rows["each-lr1e-4"][i]
+        assert sorted(map(str, slower["pairs"])) == sorted(map(str, pairs)), "other pairs"
+        assert slower["loss"][:1] == pytest.approx(rows["each"][i]["loss"][:1])
+        assert len(rows["neighbours"][i]["pairs"]) == 3 and len(rows["itself"][i]["pairs"]) == 1
+    right = {True: 0, False: 0}
+    for i, row in rows["direct"].items():
+        right[False] += row["scores"]["call"] / 6
+        right[True] += rows["itself"].get(i, row)["scores"]["call"] / 6
+    assert f"| itself | 6 | 100.0 | {100 * right[True]:.1f} | " in first, "not better by its label"
+    assert f"call {100 * (right[True] - right[False]):+.1f} [" in first.partition("| itself")[2]
+    monkeypatch.setattr(ttsi, "tt_si", None)
+    choose.main([*flags.split(), *cells])
+    assert capsys.readouterr().out == first, "made twice, or other rows"
+    monkeypatch.setitem(choose.CELLS, "each", ("--drafts 0 --k 2", None))
+    with pytest.raises(ttsi.InputError, match="rows of"):
+        choose.main([*flags.split(), "each"])
 
 
 # -------------------------------------------------------------------------------- the bench
