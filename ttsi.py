@@ -169,7 +169,7 @@ def measured(cost, stage, model):
 @torch.no_grad()
 def score(x, after_prompt):
     """H. -> {tool name: log P(a_n | x), nats}: over its tokens [paper] and closing quote [ours]."""
-    logp = logprob(x.candidates, after_prompt).double().tolist()  # N
+    logp = logprob(x.candidates, after_prompt).tolist()  # N
     return dict(zip((tool["name"] for tool in x.tools), logp, strict=True))
 
 
@@ -188,7 +188,7 @@ DRAFT = (
     ' call, as a JSON object {"call": {"name": ..., "arguments": {...}}, "request": "..."} and'
     " nothing else.\n\n"
 )
-UNSAID = "a value is not in the request"  # it may be written otherwise there: used as a last resort
+UNSAID = "a value is not in the request"  # or written otherwise there: the pair is a last resort
 
 
 def generate(model, tok, x, after_tools, logp, cfg, supplied=None):
@@ -206,20 +206,20 @@ def generate(model, tok, x, after_tools, logp, cfg, supplied=None):
         return [{"text": "", "verdict": str(e), "pair": None}], []
     asked = Prefix(model, ids[:-1], after_tools)
     for tool in [None] if cfg.drafts else plausible(logp, cfg):  # None: any
-        first, n = len(drafts), 1 if tool else cfg.k
+        start, n = len(drafts), 1 if tool else cfg.k
         for _ in range(cfg.attempts):
             if tool:
-                g = draw(cfg.seed, x.id, tool, len(drafts) - first)
+                g = draw(cfg.seed, x.id, tool, len(drafts) - start)
                 texts = [fill(outline(x.tools, tool, g), tok, prompt, asked, cfg, g)]
             else:
                 gs = [draw(cfg.seed, x.id, "draft", len(drafts) + i) for i in range(cfg.drafts)]
                 uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=g) for g in gs])
-                texts = write(tok, ids, asked, cfg, uniform, hopeless)
+                texts = write(tok, ids, asked, cfg, uniform, draft_over)
             for text in texts:
                 drafts.append(judge(text, drafts, x, cfg))
-            if sum(draft["verdict"] == "kept" for draft in drafts[first:]) >= n:
+            if sum(draft["verdict"] == "kept" for draft in drafts[start:]) >= n:
                 break
-        best = closest(drafts[first:], x.request)[:n]
+        best = closest(drafts[start:], x.request)[:n]
         if not best:  # a pair for one of two likely tools would pull the answer to it
             return drafts, []
         pairs += best
@@ -264,8 +264,8 @@ def write_value(text, tok, prompt, asked, cfg, generator):
     """-> the text, and behind it a JSON value and what else its last token holds."""
     spans = [encode(tok, prompt, text + value) for value in VALUES]
     ids = os.path.commonprefix([ids for ids, _ in spans])  # tokens may merge where they meet
-    known = (text + " ")[: spans[0][1][len(ids) - 1] - len(prompt)]  # what ids say of it
-    room = len(asked.ids) + 1 + cfg.max_new_tokens - len(ids)  # tokens, of the whole draft's
+    known = (text + " ")[: spans[0][1][len(ids) - 1] - len(prompt)]  # the part that ids spell
+    room = len(asked.ids) + 1 + cfg.max_new_tokens - len(ids)  # prompt and draft, without ids
     if room < 1:
         return text
     uniform = torch.rand(1, room, generator=generator)
@@ -318,6 +318,7 @@ def fault(pair, before, x, cfg):
     return next((name for name, found in faults.items() if found), "")
 
 
+# Of what `canonical` makes of a value: 5 is "5".
 TYPES = {"string": '".*"', "integer": r'"[-+]?\d+"', "number": r'"[-+]?[\d.]+(e[-+]?\d+)?"'}
 TYPES |= {"boolean": '"(true|false)"', "null": '"null"', "object": r"\{.*", "array": r"\[.*"}
 # In scripts without blanks (Thai to Khmer, kana, Han) each character is a word.
@@ -444,7 +445,8 @@ class Prefix:
         """Reads new (R, T) behind a cache, in place -> logits (R, keep, V) of the last `keep`."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=keep).logits
+        how = {"cache": cache, "use_cache": True}  # past_key_values before transformers 5.24
+        return self.model(input_ids=ids, logits_to_keep=keep, **how).logits
 
 
 def logprob(spans, prefix):
@@ -531,14 +533,16 @@ def prepare(tok, sample, cfg):
     another, _ = render(tok, cfg, tools, [*x.system, turn("user", "-")])
     x.ids, other = to_ids(tok, cfg, prompt), to_ids(tok, cfg, another)
     x.head = len(os.path.commonprefix([x.ids[:-1], other]))  # the tools, where they come first
-    opening = os.path.commonprefix([zero, one])  # up to the name; in zero "0" and the rest follow
-    x.candidates = []  # N spans: each name and its closing quote, as tokenised in a whole answer
+    opening = os.path.commonprefix([zero, one])  # '{"name": "'; in zero then '0", ...' follows
+    spans = []  # N: each name and its closing quote, as tokenised in a whole answer
     for tool in tools:
         text = opening + dumps(tool["name"])[1:-1]
         ids, ends = encode(tok, prompt, text + zero[len(opening) + 1 :])
         begin = sum(end <= len(prompt + opening) for end in ends)
         quote = sum(end <= len(prompt + text) for end in ends)
-        x.candidates.append((ids[: quote + 1], begin))
+        spans.append((ids[: quote + 1], begin))
+    begin = min(begin for _, begin in spans)  # one for all, where a name merges with what it opens
+    x.candidates = [(ids, begin) for ids, _ in spans]
     return x
 
 
@@ -684,8 +688,9 @@ def decoded(value):
 def jsonlike(text):
     """Python's True, False and None, outside of strings, as JSON's; of the same length."""
     python = {"True": "true", "False": "false", "None": "null"}
+    at = max(text.find("{"), 0)  # prose may hold a lone quote
     skip = r'"(?:\\.|[^"\\])*"|\b(?:True|False|None)\b'
-    return re.sub(skip, lambda found: python.get(found[0], found[0]), text)
+    return text[:at] + re.sub(skip, lambda found: python.get(found[0], found[0]), text[at:])
 
 
 WRAPPERS = {"call", "function", "tool_calls", "tool_call", "function_call", "action", "answer"}
@@ -720,8 +725,8 @@ def read_object(text, at, decoder=DECODER):
         return {}, at + 1
 
 
-def hopeless(text):
-    """Can a draft not become a pair any more? Its first brace comes soon, and opens the pair."""
+def draft_over(text):
+    """Is a draft whole, or no pair any more? Its first brace must come soon, and open the pair."""
     text = jsonlike(text)
     opening = re.search(r'{\s*("\w*|)', text)
     if not opening:
@@ -971,9 +976,10 @@ def summarise(rows):
     costs = [row["cost"] for row in rows if row["cost"]] or [{}]
     for unit, name in enumerate(("seconds", "tokens")):
         part = {s: fmean(cost.get(s, (0, 0))[unit] for cost in costs) for s in stages}
-        total = sum(part.values())
-        direct = fmean([cost["direct"][unit] for cost in costs if "direct" in cost] or [0])
-        summary[name] = part | {"all": total, "direct": direct, "ratio": total / (direct or 1)}
+        summary[name] = part | {"all": sum(part.values())}
+        if all("direct" in cost for cost in costs):  # not of what has no label
+            direct = fmean(cost["direct"][unit] for cost in costs)
+            summary[name] |= {"direct": direct, "ratio": sum(part.values()) / direct}
     if labelled:
         summary["always first"] = {"name": 100 * fmean(scores["first"] for scores in labelled)}
         for label, side in (("direct", "direct"), ("TT-SI", "answer")):
@@ -1090,7 +1096,7 @@ def run(cfg):
     none = "" if told else ': no label ("call"), so that answers are written but not scored'
     print(f"{len(ids)} samples of {os.path.relpath(cfg.data)}, {told} labelled{none}")
     print(f"{os.path.relpath(cfg.model)}: {describe(model, tok, cfg)}\n")
-    tried = []  # pairs of the uncertain, to tell of a hopeless model
+    tried = []  # pairs of the uncertain, to tell of a draft_over model
     try:
         for i in tqdm(ids[rank::world], unit="sample", disable=bool(cfg.trace or rank)):
             if i not in rows:

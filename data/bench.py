@@ -105,7 +105,7 @@ def forced():
 
     # A parse of None: what looks like a call ends nothing.
     return mock.patch.multiple(
-        ttsi, generate=long, judge=judge, parse=lambda text: ({}, ""), hopeless=lambda text: False
+        ttsi, generate=long, judge=judge, parse=lambda text: ({}, ""), draft_over=lambda text: False
     )
 
 
