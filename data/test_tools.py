@@ -866,7 +866,7 @@ def test_all_experiments_run_quickly(tmp_path, monkeypatch, capsys):
             self.runs = tmp_path
 
     monkeypatch.setattr(experiments, "Lab", Apart)
-    files = [*(HERE / "results").iterdir(), *READMES]
+    files = [*(HERE / "results").glob("*.*"), *READMES]
     before = {file: file.read_bytes() for file in files}
     experiments.main(["--quick", "--limit", "4"])
     text = "\n" + capsys.readouterr().out
