@@ -13,6 +13,7 @@
 
 Departures from the paper, and choices where it is silent (--paper sets everything that it states):
  1. Of four drafts at a time, those that pass label-free checks (--check); the closest to x is used.
+    Or one pair for each tool that the model hesitates between, its keys dictated (--drafts 0).
  2. A pair is written call first. A copy of x is never trained on. Prompts: see --prompt.
  3. SGD along the normalised gradient (--optimizer; the paper's 1e-4 read as AdamW's). No warm-up.
  4. The LoRA acts behind the tools only (--adapt suffix): one cache of the tools serves every stage.
@@ -134,8 +135,7 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
 
     writer = teacher or (model, tok)
     with stage("generate", writer[0]):  # G: (x', y') ~ P( . | x)
-        made = generate(*writer, x, after_tools, result.logp, cfg, supplied)
-    result.drafts, result.pairs = made
+        result.drafts, result.pairs = generate(*writer, x, after_tools, result.logp, cfg, supplied)
     if not result.pairs:
         return by_base("no pair")
     spans = [pair_span(x, pair) for pair in result.pairs]
@@ -268,11 +268,13 @@ def write_value(text, tok, prompt, asked, cfg, generator):
     room = len(asked.ids) + 1 + cfg.max_new_tokens - len(ids)  # prompt and draft, without ids
     if room < 1:
         return text
+
+    def over(new):
+        return value_end(text, known + new)
+
     uniform = torch.rand(1, room, generator=generator)
     left = dataclasses.replace(cfg, max_new_tokens=room)
-    return (
-        known + write(tok, ids, asked, left, uniform, lambda new: value_end(text, known + new))[0]
-    )
+    return known + write(tok, ids, asked, left, uniform, over)[0]
 
 
 def judge(text, before, x, cfg):
@@ -1096,7 +1098,7 @@ def run(cfg):
     none = "" if told else ': no label ("call"), so that answers are written but not scored'
     print(f"{len(ids)} samples of {os.path.relpath(cfg.data)}, {told} labelled{none}")
     print(f"{os.path.relpath(cfg.model)}: {describe(model, tok, cfg)}\n")
-    tried = []  # pairs of the uncertain, to tell of a draft_over model
+    tried = []  # pairs of the uncertain, to tell of a hopeless model
     try:
         for i in tqdm(ids[rank::world], unit="sample", disable=bool(cfg.trace or rank)):
             if i not in rows:
