@@ -612,6 +612,7 @@ def test_checks(llama, tok, name, arguments, request_, verdict):
     x, _ = begin(llama, tok, SAMPLES[1] | {"tools": [*FLIGHT, pick]})
     before = [{"text": "", "verdict": "kept", "pair": pair("No flight to Bern.", "f")}]
     before += [{"text": "", "verdict": "wrong type", "pair": None}]
+    before += [{"text": "", "verdict": ttsi.UNSAID, "pair": pair("drop Oslo", "cancel_flight")}]
     assert ttsi.fault(pair(request_, name, **arguments), before, x, FIRST) == verdict
 
 
@@ -753,14 +754,15 @@ def test_values_are_written_on_real_vocabularies(real, monkeypatch):
 
 def test_each_plausible_tool_has_its_pair_or_none_is_trained_on(llama, tok, monkeypatch):
     x, (_, tools, _) = begin(llama, tok, SAMPLES[0])
-    cfg, asked = config(drafts=0, k=3, attempts=3, check=True), []
+    cfg, asked, drawn = config(drafts=0, k=3, attempts=3, check=True), [], []
     good = {"get": [JUNK, pair("one", "get"), pair("no", "get")]}
     good["get_all"] = [pair("nothing", "get_all", x="y"), JUNK, JUNK]  # y is not in its request
     good["get_all_users"] = [pair("user 7", "get_all_users", y=7)]
 
-    def fill(form, *_):
-        name = json.loads(form.replace(ttsi.GAP, "1"))["call"]["name"]
+    def fill(outline, tok, prompt, after, cfg, generator):
+        name = json.loads(outline.replace(ttsi.GAP, "1"))["call"]["name"]
         asked.append(name)
+        drawn.append(torch.rand(1, generator=generator).item())
         return json.dumps(texts[name].pop(0))
 
     monkeypatch.setattr(ttsi, "fill", fill)
@@ -768,6 +770,10 @@ def test_each_plausible_tool_has_its_pair_or_none_is_trained_on(llama, tok, monk
     drafts, pairs = ttsi.generate(llama, tok, x, tools, LOGP, cfg)
     assert asked == ["get_all"] * 3 + ["get"] * 2 + ["get_all_users"], "until one passes, in order"
     assert [p["request"] for p in pairs] == ["nothing", "one", "user 7"] and len(drafts) == 6
+    assert len(set(drawn)) == 6, "two drafts are drawn alike"
+    texts = copy.deepcopy(good)
+    ttsi.generate(llama, tok, x, tools, LOGP, dataclasses.replace(cfg, seed=1))
+    assert len(set(drawn)) == 12, "the seed draws nothing"
     texts, asked[:] = good | {"get": [JUNK] * 3}, []
     drafts, pairs = ttsi.generate(llama, tok, x, tools, LOGP, cfg)
     assert pairs == [] and len(drafts) == 6, "one has none: the others would be chosen for it"
@@ -824,7 +830,9 @@ def test_scrambled_labels_change_no_prediction(llama, tok):
         assert run(llama, tok, none, pairs) == want, "a label is needed"
     row = rows_of(llama, tok, none[:1], ALWAYS, PAIRS)[0]
     assert "scores" not in row and "direct" not in row, "there is nothing to compare with"
-    assert "ratio" not in ttsi.summarise([row])["seconds"], "a multiple of nothing"
+    labelled = rows_of(llama, tok, SAMPLES[:1], ALWAYS, PAIRS)
+    for rows in ([row], [row, *labelled]):
+        assert "ratio" not in ttsi.summarise(rows)["seconds"], "a multiple of other rows"
 
 
 def test_nothing_changes_where_nothing_is_trained_and_training_changes_the_answer(model, tok):
@@ -1161,6 +1169,9 @@ def test_a_byte_order_mark_and_line_endings_change_nothing(tmp_path):
     path.write_text("\n \n")
     with pytest.raises(ttsi.InputError, match="nothing in it"):
         to_samples(path)
+
+
+FLAGS += [("--drafts 0", "--k 2 at least"), ("--drafts -1", "from 0")]
 
 
 @pytest.mark.parametrize("argv,complaint", FLAGS)
@@ -1734,6 +1745,13 @@ def test_training_and_scores_are_where_decoding_can_be(adapt):
     assert all(ids[: len(x.ids)] == x.ids for ids, _ in x.candidates), "decoding is not there"
     got = ttsi.tt_si(tiny(tok), tok, SAMPLES[1], config(ALWAYS, adapt=adapt), PAIRS["b"])
     assert got.decision == "adapted" and len(got.loss) == 2
+
+
+def test_candidates_are_scored_from_one_place_on():
+    tok = templated(merging(['"_']), ALL)
+    x = ttsi.prepare(tok, SAMPLES[1] | {"tools": [tool("_private"), tool("get")]}, FIRST)
+    texts = [[tok.decode(i) for i in ids[begin:]] for ids, begin in x.candidates]
+    assert sorted(part[0] for part in texts) == ['"', '"_'], "the quote opens both, or none merges"
 
 
 COLLAPSING = "{% for m in messages %}[{{ m.content.split() | join(' ') }}]{% endfor %}"

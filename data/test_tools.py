@@ -974,9 +974,26 @@ def test_cells_are_made_once_and_compared_with_the_direct_answer(tmp_path, monke
     monkeypatch.setattr(ttsi, "tt_si", None)
     choose.main([*flags.split(), *cells])
     assert capsys.readouterr().out == first, "made twice, or other rows"
+    del rows["itself"][uncertain[0]]
+    ttsi.save(tmp_path / "itself.jsonl", map(json.dumps, rows["itself"].values()))
+    choose.main(flags.split())
+    told = capsys.readouterr().out
+    assert "| itself | 6 |" not in told, "certain items alone would look like no difference"
     monkeypatch.setitem(choose.CELLS, "each", ("--drafts 0 --k 2", None))
     with pytest.raises(ttsi.InputError, match="rows of"):
         choose.main([*flags.split(), "each"])
+
+
+def test_neighbours_are_of_other_requests_and_have_their_own_tools(tok):
+    one, *others = (ttsi.to_sample(record) for record in read(HERE / "dev.jsonl")[:9])
+    pairs = choose.neighbours(one, [one, one | {"id": "another"}, *others])
+    assert len(pairs) == 3 and one["call"] not in [pair["call"] for pair in pairs], "its label"
+    with choose.with_own_tools(pairs):
+        ids, _ = ttsi.pair_span(ttsi.prepare(tok, one, ttsi.Config()), pairs[0])
+    text = tok.decode(ids)
+    for sample, shown in ((pairs[0]["sample"], True), (one, False)):
+        names = [f'"{tool["name"]}"' in text for tool in sample["tools"]]
+        assert all(names) if shown else not all(names), "another's tools"
 
 
 # -------------------------------------------------------------------------------- the bench
