@@ -448,7 +448,8 @@ class Prefix:
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
         how = {"cache": cache, "use_cache": True}  # past_key_values before transformers 5.24
-        return self.model(input_ids=ids, logits_to_keep=keep, **how).logits
+        last = torch.arange(ids.shape[1])[-keep:]  # a slice would have the head copied for each row
+        return self.model(input_ids=ids, logits_to_keep=last, **how).logits
 
 
 def logprob(spans, prefix):

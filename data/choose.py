@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean
 from unittest import mock
@@ -56,21 +57,36 @@ def with_own_tools(pairs):
     return mock.patch.multiple(ttsi, generate=lambda *_: ([], pairs), pair_span=pair_span)
 
 
+def remembered(row):
+    """ttsi.py drafting what a row's drafts were, as far as they go, for the time of one input."""
+    texts, write = [draft["text"] for draft in row["drafts"]], ttsi.fill
+
+    def fill(outline, *how):
+        given = outline.partition(', "arguments"')[0]  # the tool
+        old = next((text for text in texts if text.startswith(given)), None)
+        if old is None:
+            return write(outline, *how)
+        texts.remove(old)
+        return old
+
+    return mock.patch.object(ttsi, "fill", fill)
+
+
 EACH = "--drafts 0 --k 3 --temperature 0.7"
 DIRECT = "direct"
-# cell -> flags, and where its pairs are from: written, another cell's, or a function
+# cell -> flags, and where its pairs are from: written; drafted as another cell's; or a function
 CELLS = {
     DIRECT: ("--tau 0", None),
     "each": (EACH, None),  # a pair for each plausible tool
     "each-lr1e-4": (f"{EACH} --lr 1e-4", "each"),
     "each-lr6e-4": (f"{EACH} --lr 6e-4", "each"),
-    "each-10-steps": (f"{EACH} --epochs 10 --lr 1.5e-4", "each"),
+    "each-lr1e-3": (f"{EACH} --lr 1e-3", "each"),
+    "each-10-steps": (f"{EACH} --epochs 10 --lr 1.5e-4", "each"),  # the same way
     "each-full": (f"{EACH} --adapt full", "each"),
-    "each-two-tools": (f"{EACH} --k 2", None),
+    "each-two-tools": (f"{EACH} --k 2", "each"),
+    "each-unchecked": (f"{EACH} --no-check", "each"),
     "each-temperature-1": (f"{EACH} --temperature 1", None),
-    "each-unchecked": (f"{EACH} --no-check", None),
     "free": ("--drafts 4 --k 1 --temperature 0.7", None),
-    "free-lr1e-4": ("--drafts 4 --k 1 --temperature 0.7 --lr 1e-4", "free"),
     "neighbours": (f"{EACH} --no-check", neighbours),
     "itself": (f"{EACH} --no-check", itself),
 }
@@ -107,7 +123,7 @@ def make_rows(args, cell, model, tok, samples, pool):
     """Makes what is missing of a cell; its settings stand beside its rows."""
     cfg, rows, direct = flags_of(args, cell), read_rows(cell), read_rows(DIRECT)
     source = CELLS[cell][1]
-    written = read_rows(source) if source in CELLS else {}
+    drafted = read_rows(source) if source in CELLS else {}
     what = {"flags": CELLS[cell][0], "dtype": args.dtype, "model": ttsi.fingerprint(model, tok)}
     what["data"] = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16]
     beside = KEPT / f"{cell}.settings.json"
@@ -119,11 +135,9 @@ def make_rows(args, cell, model, tok, samples, pool):
         i = sample["id"]
         if i in rows or (cell != DIRECT and certain(direct[i], cfg.tau)):
             continue
-        if callable(source):
-            with with_own_tools(source(sample, pool)):
-                result = ttsi.tt_si(model, tok, sample, cfg)
-        else:
-            result = ttsi.tt_si(model, tok, sample, cfg, written[i]["pairs"] if source else None)
+        given = with_own_tools(source(sample, pool)) if callable(source) else nullcontext()
+        with remembered(drafted[i]) if i in drafted else given:
+            result = ttsi.tt_si(model, tok, sample, cfg)
         ttsi.save(KEPT / f"{cell}.jsonl", [ttsi.dumps(to_row(result, sample))], "a")
 
 
