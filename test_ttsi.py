@@ -69,7 +69,7 @@ SAMPLES += [ask("b", "cancel my flight to Rome, would you, please", CANCEL, *FLI
 SAMPLES += [ask("c", "hm", F | {"name": "only"}, tool("only"))]
 PAIRS = {"b": [pair("book Oslo", "book_flight", city="Oslo", days=3)], "c": []}
 PAIRS["a"] = [pair("fetch x", "get_all", x="x"), pair("a long one for 7", "get_all_users", y=7)]
-FIRST = ttsi.Config(max_new_tokens=12, attempts=1, drafts=1)
+FIRST = ttsi.Config(max_new_tokens=12, attempts=1, drafts=1, k=1, temperature=1.0)
 ALWAYS = dataclasses.replace(FIRST, tau=2.0, k=2, check=False, epochs=2)
 
 ALL = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
@@ -669,7 +669,7 @@ def test_a_supplied_copy_of_the_request_is_refused_even_unchecked(llama, tok):
 
 
 def test_a_teacher_writes_the_drafts_it_would_write_for_itself(llama, tok, embedded):
-    cfg, untouched = ttsi.Config(tau=2.0, max_new_tokens=64, k=2, epochs=2), digest(embedded[0])
+    cfg, untouched = config(ALWAYS, max_new_tokens=64, drafts=4), digest(embedded[0])
     for sample in list(to_samples().values())[:2]:
         own = ttsi.tt_si(*embedded, sample, cfg)
         taught = ttsi.tt_si(llama, tok, sample, cfg, teacher=embedded)
@@ -680,15 +680,8 @@ def test_a_teacher_writes_the_drafts_it_would_write_for_itself(llama, tok, embed
     assert digest(embedded[0]) == untouched and not hooks(embedded[0])
 
 
-# --------------------------------------------------------------- a pair for each plausible tool
+# ----------------------------------------------------------------- a pair for each likely tool
 LOGP = {"get": math.log(0.3), "get_all": math.log(0.64), "get_all_users": math.log(0.06)}
-
-
-def test_plausible_are_the_two_likeliest_and_what_is_above_the_threshold():
-    for k, threshold, n in ((3, 0.05, 3), (3, 0.07, 2), (2, 0.0, 2), (9, 0.9, 2)):
-        cfg = config(k=k, plausible=threshold)
-        assert ttsi.plausible(LOGP, cfg) == ["get_all", "get", "get_all_users"][:n], (k, threshold)
-    assert ttsi.plausible({"only": -3.0}, config(k=3)) == ["only"]
 
 
 def test_a_form_dictates_the_schemas_keys_and_draws_the_optional_ones():
@@ -752,7 +745,7 @@ def test_values_are_written_on_real_vocabularies(real, monkeypatch):
         assert text == whole and calls == 3
 
 
-def test_each_plausible_tool_has_its_pair_or_none_is_trained_on(llama, tok, monkeypatch):
+def test_each_likely_tool_has_its_pair_or_none_is_trained_on(llama, tok, monkeypatch):
     x, (_, tools, _) = begin(llama, tok, SAMPLES[0])
     cfg, asked, drawn = config(drafts=0, k=3, attempts=3, check=True), [], []
     good = {"get": [JUNK, pair("one", "get"), pair("no", "get")]}
@@ -778,19 +771,23 @@ def test_each_plausible_tool_has_its_pair_or_none_is_trained_on(llama, tok, monk
     drafts, pairs = ttsi.generate(llama, tok, x, tools, LOGP, cfg)
     assert pairs == [] and len(drafts) == 6, "one has none: the others would be chosen for it"
     assert "get_all_users" not in asked, "written for nothing"
+    texts, asked[:] = copy.deepcopy(good), []
+    ttsi.generate(llama, tok, x, tools, LOGP, dataclasses.replace(cfg, k=2))
+    assert set(asked) == {"get_all", "get"}, "not for the K likeliest"
 
 
 def test_the_embedded_model_fills_forms(embedded):
     """On the demo's first samples: what is kept names the likeliest tools, and every draft is
     drawn anew by seed."""
-    cfg, found = ttsi.Config(drafts=0, k=3, tau=2.0, epochs=1), []
+    cfg, found = ttsi.Config(k=3, tau=2.0, epochs=1), []
     for seed in (0, 0, 1):
         for sample in list(to_samples().values())[:3]:
             unlabelled = {key: value for key, value in sample.items() if key != "call" or seed}
             got = ttsi.tt_si(*embedded, unlabelled, dataclasses.replace(cfg, seed=seed))
             found.append([draft["text"] for draft in got.drafts])
             names = [p["call"]["name"] for p in got.pairs]
-            assert names in ([], ttsi.plausible(got.logp, cfg)), "pairs for other tools"
+            ranked = [name for _, name in sorted((-p, name) for name, p in got.logp.items())]
+            assert names in ([], ranked[:3]), "pairs for other tools"
             for draft in filter(lambda d: d["pair"], got.drafts):
                 assert json.loads(draft["text"])["call"] == draft["pair"]["call"]
     assert found[:3] == found[3:6] != found[6:] and sum(map(len, found)) > 12
@@ -1181,7 +1178,7 @@ def test_a_byte_order_mark_and_line_endings_change_nothing(tmp_path):
         to_samples(path)
 
 
-FLAGS += [("--drafts 0", "--k 2 at least"), ("--drafts -1", "from 0")]
+FLAGS += [("--drafts 0", "--k 2, or --drafts 1"), ("--drafts -1", "from 0")]
 
 
 @pytest.mark.parametrize("argv,complaint", FLAGS)
@@ -2028,7 +2025,7 @@ def test_imports_and_layout():
     required = (HERE / "requirements.txt").read_text().split()
     assert [re.split(r"\W", line)[0] for line in required] == ["torch", "transformers", "tqdm"]
     assert names - {*sys.stdlib_module_names} <= {"torch", "transformers", "tqdm"}, "one more"
-    assert len(source.splitlines()) <= 1170, "ttsi.py has grown; 800 lines is what it should have"
+    assert len(source.splitlines()) <= 1163, "ttsi.py has grown; 800 lines is what it should have"
     top = {"ttsi.py", "test_ttsi.py", "requirements.txt", "README.md", "LICENSE", "data", ".ci"}
     if (HERE / ".git").exists():
         tracked = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)

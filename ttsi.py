@@ -12,8 +12,8 @@
     python ttsi.py --model Qwen/Qwen2.5-0.5B-Instruct --data calls.jsonl --output runs/qwen.jsonl
 
 Departures from the paper, and choices where it is silent (--paper sets everything that it states):
- 1. Of four drafts at a time, those that pass label-free checks (--check); the closest to x is used.
-    Or one pair for each tool that the model hesitates between, its keys dictated (--drafts 0).
+ 1. One pair for each of the two tools of the margin, its keys dictated, drafted until it passes
+    label-free checks (--check). Or, by --drafts, free ones, of which the closest to x are used.
  2. A pair is written call first. A copy of x is never trained on. Prompts: see --prompt.
  3. SGD along the normalised gradient (--optimizer; the paper's 1e-4 read as AdamW's). No warm-up.
  4. The LoRA acts behind the tools only (--adapt suffix): one cache of the tools serves every stage.
@@ -72,13 +72,10 @@ class Config:
     )
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
     tau: float = flag(0.95, "adapt where the margin is below it; 2: always, 0: never [paper]")
-    k: int = flag(1, "pairs to train on, at most [paper]")
-    drafts: int = flag(4, "so many free ones at once [paper: 1]; 0: see --plausible [ours]")
-    plausible: float = flag(
-        0.05, "--drafts 0: a pair for each of the two likeliest tools, and for others above this p"
-    )
+    k: int = flag(2, "pairs to train on, at most [ours; paper: 1]")
+    drafts: int = flag(0, "so many free ones [paper: 1]; 0: one for each of the k likeliest tools")
     attempts: int = flag(4, "so many times at most, until enough drafts pass [ours; paper: 1]")
-    temperature: float = flag(1.0, "of drafts; answers are greedy [ours]")
+    temperature: float = flag(0.7, "of drafts; answers are greedy [ours]")
     check: bool = flag(True, "drafts must pass the label-free checks [ours]")
     max_new_tokens: int = flag(256, "at most, in a draft or an answer [ours]")
     lora_rank: int = flag(8, "r [paper]")
@@ -169,7 +166,9 @@ def measured(cost, stage, model):
 @torch.no_grad()
 def score(x, after_prompt):
     """H. -> {tool name: log P(a_n | x), nats}: over its tokens [paper] and closing quote [ours]."""
-    logp = logprob(x.candidates, after_prompt).tolist()  # N
+    logp = []  # N
+    for i in range(0, len(x.candidates), 8):  # in groups, so that memory does not grow with N
+        logp += logprob(x.candidates[i : i + 8], after_prompt).tolist()
     return dict(zip((tool["name"] for tool in x.tools), logp, strict=True))
 
 
@@ -192,8 +191,8 @@ UNSAID = "a value is not in the request"  # or written otherwise there: the pair
 
 
 def generate(model, tok, x, after_tools, logp, cfg, supplied=None):
-    """G. -> (drafts [{text, verdict, pair}], the pairs to train on): the K closest to x of free
-    drafts or of supplied pairs; or one for each plausible tool, if each of them has one."""
+    """G. -> (drafts [{text, verdict, pair}], the pairs to train on): one for each of the K tools
+    that are likeliest, if each of them has one; or of free or supplied ones the K closest to x."""
     drafts, pairs = [], []
     if supplied is not None:  # they were written elsewhere
         for pair in supplied:
@@ -205,7 +204,8 @@ def generate(model, tok, x, after_tools, logp, cfg, supplied=None):
     except InputError as e:
         return [{"text": "", "verdict": str(e), "pair": None}], []
     asked = Prefix(model, ids[:-1], after_tools)
-    for tool in [None] if cfg.drafts else plausible(logp, cfg):  # None: any
+    likeliest = sorted(logp, key=logp.get, reverse=True)[: cfg.k]
+    for tool in [None] if cfg.drafts else likeliest:  # None: any
         start, n = len(drafts), 1 if tool else cfg.k
         for _ in range(cfg.attempts):
             if tool:
@@ -224,14 +224,6 @@ def generate(model, tok, x, after_tools, logp, cfg, supplied=None):
             return drafts, []
         pairs += best
     return drafts, pairs
-
-
-def plausible(logp, cfg):
-    """-> what the model hesitates between: the two likeliest tools, and more, up to K, by p."""
-    p = torch.tensor([*logp.values()], dtype=torch.float64).softmax(0)  # (N,)
-    p, order = p.sort(descending=True)
-    n = max(2, int((p > cfg.plausible).sum()))
-    return [[*logp][i] for i in order[: min(n, cfg.k)]]
 
 
 GAP = "\0"  # where a JSON value is to be written
@@ -1144,7 +1136,8 @@ def parse_flags(argv):
         if f.type in (int, float) and f.name != "seed":
             least = int(f.type is int and f.name not in ("limit", "drafts"))
             need(least <= value <= 10**6, f"--{f.name} {value}: must be from {least} to 1000000")
-    need(cfg.drafts or cfg.k > 1, "--drafts 0 writes for two tools and more: --k 2 at least")
+    one_sided = cfg.k == 1 and not (cfg.drafts or cfg.pairs)
+    need(not one_sided, "--k 1 alone would pull to the likeliest tool: --k 2, or --drafts 1")
     return cfg
 
 

@@ -1,208 +1,230 @@
-"""What the method costs, as multiples of direct inference: one sample, everything in one run.
+"""What an answer costs, beside what a user would write otherwise: real prompts, drafts, answers.
 
-    python data/bench.py                                  # a 135M model, a SealTool-like prompt
-    python data/bench.py --quick                          # the embedded model, one round
-    python data/bench.py --shape qwen2.5-0.5b --device cuda --dtype bfloat16
-    python data/bench.py --shape embedded --data data/demo.jsonl
-    python data/bench.py computed                         # real models: computed, not measured
+    python data/bench.py --model FOLDER --data canonical_dev_200.jsonl --dtype bfloat16
+    python data/bench.py --model FOLDER --data canonical_dev_200.jsonl grow   # cost by size
+    python data/bench.py --quick                      # the embedded model, two items of its dev
 
-Weights are random (the embedded model's are not). Random weights never write a valid draft, so
-lengths are forced and the pair to train on is supplied: every stage runs, in every round. The
-direct answer that ttsi.py makes of labelled samples only to compare with is left out. PEFT's row
-appears if it is installed: its usual loop, AdamW. Each ratio is one of medians; in brackets the
-three quartiles of the ratios within a round, which a machine that slows down disturbs less.
+On each item all rivals are timed in turn; their order turns from item to item. A ratio is one of
+medians over the items; in brackets are the quartiles of the ratios within an item, which a machine
+that slows down disturbs less.
+
+The rivals are `generate` of transformers, for an answer, and for the whole method what a competent
+user would write: a cache of the prompt, all candidates in one padded batch, the tool list's cache
+and num_return_sequences for as many free drafts as ours wrote, an adapter of PEFT that is wrapped
+once and re-initialised, a plain loop on whole prompts (PEFT's adapter acts on all tokens). It
+trains on the pairs that ours wrote, with the same steps. It needs `pip install peft`.
 """
 
 import argparse
 import dataclasses
-import functools
 import importlib.util
 import json
+import multiprocessing
 import os
+import resource
 import statistics
 import sys
 import time
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 
 import ttsi  # noqa: E402
 
-FIELDS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
-FIELDS += ["num_attention_heads", "num_key_value_heads", "max_position_embeddings"]
-SHAPES = {
-    "smollm-135m": (transformers.LlamaConfig, 49152, 576, 1536, 30, 9, 3, 8192),
-    "smollm-360m": (transformers.LlamaConfig, 49152, 960, 2560, 32, 15, 5, 8192),
-    "qwen2.5-0.5b": (transformers.Qwen2Config, 151936, 896, 4864, 24, 14, 2, 32768),
-    "qwen2.5-1.5b": (transformers.Qwen2Config, 151936, 1536, 8960, 28, 12, 2, 32768),
-    "llama-3.2-1b": (transformers.LlamaConfig, 128256, 2048, 8192, 16, 32, 8, 131072),
-}
-NO_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-MACHINES = {  # bytes a weight, flop/s, bytes/s
-    "laptop CPU, float32": (4, 100e9, 30e9),
-    "laptop GPU, bfloat16": (2, 10e12, 250e9),
-}
-DRAFT, ANSWER = 90, 30  # tokens, forced
-NAMES = ["getFlightStatus", "bookHotelRoom", "searchRestaurants", "convertCurrency"]
-NAMES += ["sendInvitation"]
-REQUEST = "Please tell me about the flight to {}, and its gate"
-CALL = {"name": NAMES[0], "arguments": {"place": "Rome", "number": "117", "date": "9 June"}}
-PAIR = {"request": REQUEST.format("Rome, number 117 of 9 June"), "call": CALL}
-TARGETS = [
-    ("certain", "direct", "at most 1.1"),
-    ("uncertain, suffix", "direct", "at most 3"),
-    ("T, PEFT", "T, suffix", "at least 4"),
-    ("T, PEFT", "T, full", "at least 1"),
-    ("H, whole prompts", "H, after the prompt", "at least 4"),
-    ("T, full", "T, floor of full", "at most 1.2"),
+GOALS = [  # a rival, its measure, and what is wanted
+    ("TT-SI, certain", "generate", "at most 1"),
+    ("TT-SI, adapted", "generate", "at most 3"),
+    ("a competent user's TT-SI", "TT-SI, adapted", "at least 3"),
 ]
 
 
-def sealtool_like(filler=118):
-    """A sample: five tools, about 600 tokens of prompt, 45 of them after the tools, no label."""
-    text = "0: one of the tools on offer, told in some words " * 3
-    properties = {key: {"type": "string"} for key in ("date", "place", "number")}
-    schema = {"type": "object", "properties": properties, "required": ["date"]}
-    tools = [{"name": n, "description": text[:filler], "parameters": schema} for n in NAMES]
-    request = REQUEST.format("Oslo, number 402 of 12 May")
-    return {"id": "0", "messages": [{"role": "user", "content": request}], "tools": tools}
+# --------------------------------------------------------------------------------- the rivals
+class Called(transformers.StoppingCriteria):
+    """Ends an answer where ours ends: with its call."""
+
+    def __init__(self, tok, begin):
+        self.tok, self.begin = tok, begin
+
+    def __call__(self, ids, scores, **how):
+        texts = self.tok.batch_decode(ids[:, self.begin :], skip_special_tokens=True)
+        return torch.tensor([bool(ttsi.parse(text)[0]) for text in texts], device=ids.device)
 
 
-def shape_config(shape):
-    """The configuration of a model of this shape."""
-    kind, *values = SHAPES[shape]
-    return kind(**dict(zip(FIELDS, values, strict=True)), **NO_ENDS, tie_word_embeddings=True)
+class Drafted(Called):
+    """Ends a draft where ours ends: whole, or no pair any more."""
+
+    def __call__(self, ids, scores, **how):
+        texts = self.tok.batch_decode(ids[:, self.begin :], skip_special_tokens=True)
+        return torch.tensor([ttsi.draft_over(text) for text in texts], device=ids.device)
 
 
-def load(args):
-    """-> (model of the shape asked for, the embedded tokenizer), neither with an end token."""
-    cfg = ttsi.Config(device=args.device, dtype=args.dtype)
-    model, tok = ttsi.load(cfg.model, cfg)
-    if args.shape != "embedded":
-        torch.manual_seed(0)
-        config, dtype = shape_config(args.shape), model.dtype
-        with torch.device(model.device):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.eval().requires_grad_(False)
-    model.generation_config.eos_token_id = tok.eos_token = None
-    return model, tok
+@torch.no_grad()
+def generate(model, tok, cfg, ids, ending, **how):
+    """transformers' own -> texts."""
+    rows = torch.tensor([ids], device=model.device)
+    how = {"do_sample": False, "pad_token_id": tok.eos_token_id or 0} | how
+    how |= {"max_new_tokens": cfg.max_new_tokens, "stopping_criteria": [ending(tok, len(ids))]}
+    out = model.generate(rows, attention_mask=torch.ones_like(rows), **how)
+    return tok.batch_decode(out[:, len(ids) :], skip_special_tokens=True)
 
 
-def forced():
-    """While it is open, every draft and answer has its full length, and PAIR is trained on."""
-    generate = ttsi.generate
+class Competent:
+    """TT-SI as one writes it with transformers and PEFT."""
 
-    def long(model, tok, x, after_tools, logp, cfg, supplied=None):
-        cfg = dataclasses.replace(cfg, max_new_tokens=DRAFT)
-        return generate(model, tok, x, after_tools, logp, cfg, supplied)
-
-    def judge(text, *_):
-        return {"text": text, "verdict": "kept", "pair": PAIR}
-
-    # A parse of None: what looks like a call ends nothing.
-    return mock.patch.multiple(
-        ttsi, generate=long, judge=judge, parse=lambda text: ({}, ""), draft_over=lambda text: False
-    )
-
-
-class Bench:
-    """A model and a sample, and what is to be timed: a method each."""
-
-    def __init__(self, model, tok, sample, cfg):
-        self.model, self.tok, self.sample, self.cfg = model, tok, sample, cfg
-        self.x = ttsi.prepare(tok, sample, cfg)
-        self.pair = ttsi.pair_span(self.x, PAIR)
-        self.nothing = ttsi.Prefix(model, [])
-        self.after_tools = ttsi.Prefix(model, self.x.ids[: self.x.head])
-        self.after_prompt = ttsi.Prefix(model, self.x.ids[:-1], self.after_tools)
-
-    def tt_si(self, **changes):
-        """Algorithm 1 as it is, with no stage left out."""
-        cfg = dataclasses.replace(self.cfg, **changes)
-        result = ttsi.tt_si(self.model, self.tok, self.sample, cfg)
-        stages, least = {"prefill", "score", "answer"}, {"answer": ANSWER}
-        if cfg.tau > 1:
-            stages, least = stages | {"generate", "train"}, least | {"generate": DRAFT}
-        assert result.cost.keys() == stages, (result.decision, result.cost)
-        assert all(result.cost[stage][1] >= n for stage, n in least.items()), "it ended early"
-
-    @torch.no_grad()
-    def library_generate(self):
-        """The base model's answer, prompt included."""
-        ids = torch.tensor([self.x.ids], device=self.model.device)
-        limits = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "pad_token_id": 0}
-        self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **limits)
-
-    @torch.no_grad()
-    def score_whole(self):
-        """H as one would begin: a whole prompt for each candidate."""
-        ttsi.logprob(self.x.candidates, self.nothing)
-
-    def train(self, **changes):
-        """T, from a new LoRA to its removal."""
-        cfg = dataclasses.replace(self.cfg, **changes)
-        head = self.after_tools.ids if cfg.adapt == "suffix" else []
-        ids = os.path.commonprefix([head, self.pair[0]])
-        base = ttsi.Prefix(self.model, ids, self.after_tools)
-        with ttsi.temporary_lora(self.model, cfg, ttsi.draw(0, "bench")) as lora:
-            ttsi.train([self.pair], base, lora, cfg)
-
-    def floor(self):
-        """As many forward and backward passes through the frozen model alone."""
-        row, begin = self.pair
-        ids, n = torch.tensor([row], device=self.model.device), len(row) - begin
-        for _ in range(self.cfg.epochs):
-            embedded = self.model.get_input_embeddings()(ids).requires_grad_()
-            out = self.model(inputs_embeds=embedded, logits_to_keep=n + 1, use_cache=False)
-            loss = torch.nn.functional.cross_entropy(out.logits[0, :-1].float(), ids[0, -n:])
-            torch.autograd.grad(loss, embedded)
-
-    def peft(self):
-        """The usual loop: an adapter is built, trained by the library's loss, and torn down."""
+    def __init__(self, model, tok, cfg):
         from peft import LoraConfig, get_peft_model
 
-        how = {"r": self.cfg.lora_rank, "lora_alpha": self.cfg.lora_alpha}
-        how |= {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        wrapped = get_peft_model(self.model, LoraConfig(**how))
-        row, begin = self.pair
-        ids = torch.tensor([row], device=self.model.device)
-        labels = ids.clone()
-        labels[:, :begin] = -100
-        adam = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-4)
+        self.tok, self.cfg = tok, cfg
+        how = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": "all-linear"}
+        self.model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **how))
+        self.lora = [p for p in self.model.parameters() if p.requires_grad]
+
+    def __call__(self, sample, pairs, drafts):
+        """Answers a sample; `pairs` are trained on, after as many `drafts` were written."""
+        x = ttsi.prepare(self.tok, sample, self.cfg)
+        with self.model.disable_adapter():
+            cache, margin = self.score(x)
+            assert 0 <= margin <= 1
+            cache.crop(x.head - len(x.ids) + 1)  # negative: so many are dropped
+            prompt, _ = ttsi.render(
+                self.tok,
+                self.cfg,
+                x.tools,
+                [*x.system, ttsi.turn("user", ttsi.DRAFT + x.request)],
+            )
+            ids = ttsi.to_ids(self.tok, self.cfg, prompt)
+            cache.batch_repeat_interleave(drafts)
+            how = {"num_return_sequences": drafts, "do_sample": True, "past_key_values": cache}
+            how |= {"temperature": self.cfg.temperature, "top_k": 0, "top_p": 1.0}
+            generate(self.model, self.tok, self.cfg, ids, Drafted, **how)
+        self.train([ttsi.pair_span(x, pair) for pair in pairs])
+        return generate(self.model, self.tok, self.cfg, x.ids, Called)[0]
+
+    @torch.no_grad()
+    def score(self, x):
+        """H -> (the prompt's cache, the margin)."""
+        ids = torch.tensor([x.ids], device=self.model.device)
+        cache = self.model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        n, behind = len(x.ids) - 1, deepcopy(cache)
+        rows = pad_sequence([torch.tensor(ids[n:]) for ids, _ in x.candidates], batch_first=True)
+        rows = rows.to(self.model.device)
+        behind.batch_repeat_interleave(len(rows))
+        logits = self.model(input_ids=rows, past_key_values=behind).logits.float().log_softmax(-1)
+        logp = logits[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]
+        inside = torch.tensor([len(ids) - n - 1 for ids, _ in x.candidates], device=rows.device)
+        logp[torch.arange(logp.shape[1], device=rows.device) >= inside[:, None]] = 0  # padding
+        return cache, ttsi.margin(dict(enumerate(logp.sum(1).tolist())))
+
+    def train(self, spans):
+        """T, by PEFT: re-initialised, then steps on whole prompts in one padded batch."""
+        for module in self.model.modules():
+            if hasattr(module, "reset_lora_parameters"):
+                module.reset_lora_parameters("default", init_lora_weights=True)
+        ids = pad_sequence([torch.tensor(ids) for ids, _ in spans], batch_first=True)
+        labels = torch.full_like(ids, -100)
+        for row, (whole, begin) in zip(labels, spans, strict=True):
+            row[begin : len(whole)] = torch.tensor(whole[begin:])
+        ids, labels = ids.to(self.model.device), labels.to(self.model.device)
+        adam = torch.optim.AdamW(self.lora, lr=1e-4)
         for _ in range(self.cfg.epochs):
-            wrapped(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+            self.model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
             adam.step()
             adam.zero_grad()
-        self.model = wrapped.unload()
-        self.model.requires_grad_(False)
 
 
-def measure(things, rounds, device):
-    """{name: function} -> {name: its seconds in each round}; in turn, after one that warms up."""
-    seconds = {name: [] for name in things}
-    for r in range(rounds + 1):
-        for name, f in things.items():
-            print(f"\rround {r} of {rounds}: {name:40}", end="", file=sys.stderr)
-            start = time.perf_counter()
-            f()
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            if r > 0:
-                seconds[name].append(time.perf_counter() - start)
+# --------------------------------------------------------------------------------- measurement
+class Ours:
+    """ttsi.py, forced to be certain, to adapt, or to find no pair."""
+
+    def __init__(self, model, tok, cfg):
+        self.model, self.tok, self.cfg = model, tok, cfg
+
+    def tt_si(self, sample, **changes):
+        cfg = dataclasses.replace(self.cfg, **changes)
+        return ttsi.tt_si(self.model, self.tok, sample, cfg)
+
+    def without_pair(self, sample):
+        def judge(text, *_):
+            return {"text": text, "verdict": "refused", "pair": None}
+
+        with mock.patch.object(ttsi, "judge", judge):
+            return self.tt_si(sample, tau=2.0)
+
+    def direct(self, x):
+        prompt = ttsi.Prefix(self.model, x.ids[:-1])
+        return ttsi.write(self.tok, x.ids, prompt, self.cfg)
+
+
+def timed(model, f, *args, **how):
+    """-> (seconds, what f returns)."""
+    start = time.perf_counter()
+    out = f(*args, **how)
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
+    return time.perf_counter() - start, out
+
+
+def measure(args, samples):
+    """-> ({rival: {id: seconds}}, {part: [seconds]}, {what: [its size]}); all rivals in turn."""
+    cfg = ttsi.Config(model=args.model, device=args.device, dtype=args.dtype)
+    model, tok = ttsi.load(args.model, cfg)
+    ours, competent = Ours(model, tok, cfg), None
+    if importlib.util.find_spec("peft"):
+        competent = Competent(ttsi.load(args.model, cfg)[0], tok, cfg)
+    spent, parts, told = {}, {}, {"drafts": [], "kept": [], "adapted": [], "same answer": []}
+    bytes_read = sum(p.numel() * p.element_size() for p in model.parameters())
+    for turn, sample in enumerate(samples[:1] + samples):  # the first warms up
+        x = ttsi.prepare(tok, sample, cfg)
+        seconds, result = timed(model, ours.tt_si, sample, tau=2.0)
+        here = {"TT-SI, adapted": seconds} if result.decision == "adapted" else {}
+        rivals = {
+            "generate": lambda x=x: generate(model, tok, cfg, x.ids, Called)[0],
+            "direct": lambda x=x: ours.direct(x)[0],
+            "TT-SI, certain": lambda s=sample: ours.tt_si(s, tau=0.0),
+            "TT-SI, no pair": lambda s=sample: ours.without_pair(s),
+        }
+        if competent and result.pairs:
+            rivals["a competent user's TT-SI"] = lambda s=sample, r=result: competent(
+                s, r.pairs, len(r.drafts)
+            )
+        names, said = [*rivals], {}
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            here[name], said[name] = timed(model, rivals[name])
+            print(f"\r{turn} of {len(samples)}: {name:40}", end="", file=sys.stderr)
+        read, _ = timed(model, ttsi.Prefix, model, x.ids[:-1])
+        copied, _ = timed(model, torch.empty(bytes_read // 2, dtype=torch.uint8).clone)
+        if turn == 0:
+            continue
+        for name, seconds in here.items():
+            spent.setdefault(name, {})[sample["id"]] = seconds
+        for part, (seconds, _) in result.cost.items() if "TT-SI, adapted" in here else ():
+            parts.setdefault(part, []).append(seconds)
+        written = len(tok(said["direct"], add_special_tokens=False).input_ids)
+        parts.setdefault("a read token", []).append(read / (len(x.ids) - 1))
+        parts.setdefault("a written token", []).append((here["direct"] - read) / written)
+        parts.setdefault("the weights, read once", []).append(copied)  # half read, half written
+        told["drafts"].append(len(result.drafts))
+        told["kept"].append(sum(draft["verdict"] == "kept" for draft in result.drafts))
+        told["adapted"].append(result.decision == "adapted")
+        told["same answer"].append(said["generate"] == said["direct"])
     print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
-    return seconds
+    return spent, parts, told
 
 
 def over(a, b):
-    """Seconds of two things in the same rounds -> (ratio of medians, quartiles of the ratios)."""
-    ratios = sorted(x / y for x, y in zip(a, b, strict=True))
-    outer = len(ratios) // 4
-    middle = statistics.median(ratios)
-    return statistics.median(a) / statistics.median(b), ratios[outer], middle, ratios[-1 - outer]
+    """{id: seconds} twice -> (ratio of medians, quartiles of the ratios), of items in both."""
+    both = a.keys() & b.keys()
+    ratios = sorted(a[i] / b[i] for i in both)
+    outer, middle = len(ratios) // 4, statistics.median(ratios)
+    medians = [statistics.median(seconds[i] for i in both) for seconds in (a, b)]
+    return medians[0] / medians[1], ratios[outer], middle, ratios[-1 - outer]
 
 
 def show(ratio):
@@ -210,95 +232,79 @@ def show(ratio):
     return "{:.2f} [{:.2f}, {:.2f}, {:.2f}]".format(*ratio)
 
 
-def costs(args):
-    """Every stage is timed -> (report, lines of text)."""
-    model, tok = load(args)
-    sample = sealtool_like()
-    if args.data:
-        sample = next(iter(ttsi.read_jsonl(args.data, ttsi.to_sample).values()))
-    cfg = ttsi.Config(max_new_tokens=ANSWER, drafts=1, attempts=1, shuffle=False)
-    bench = Bench(model, tok, sample, cfg)
-    x = bench.x
-    things = {
-        "direct": functools.partial(ttsi.write, tok, x.ids, bench.nothing, cfg),
-        "direct, transformers.generate": bench.library_generate,
-        "prompt alone": functools.partial(ttsi.Prefix, model, x.ids[:-1]),
-        "certain": functools.partial(bench.tt_si, tau=0.0),
-        "uncertain, suffix": functools.partial(bench.tt_si, tau=2.0),
-        "uncertain, full": functools.partial(bench.tt_si, tau=2.0, adapt="full"),
-        "H, after the prompt": functools.partial(ttsi.score, x, bench.after_prompt),
-        "H, whole prompts": bench.score_whole,
-        "T, suffix": bench.train,
-        "T, full": functools.partial(bench.train, adapt="full"),
-        "T, floor of full": bench.floor,
-    }
-    if importlib.util.find_spec("peft"):
-        things["T, PEFT"] = bench.peft
-    with forced():
-        seconds = measure(things, args.rounds, model.device)
-    rows = {}
-    for name, spent in seconds.items():
-        median, ratio = statistics.median(spent), over(spent, seconds["direct"])
-        rows[name] = {"seconds": median, "direct": ratio}
-    targets = []
-    for a, b, wanted in TARGETS:
-        if a in seconds:
-            targets.append((a, b, over(seconds[a], seconds[b]), wanted))
-
-    read = rows["prompt alone"]["seconds"]
-    written = (rows["direct"]["seconds"] - read) / ANSWER
-    step = written / (read / len(x.ids))
-    shape = (
-        f"{args.shape}: {model.num_parameters():,} parameters, {model.dtype} on {model.device},"
-        f" {torch.get_num_threads()} threads; {len(x.tools)} tools, prompt {len(x.ids)} tokens,"
-        f" {len(x.ids) - x.head} after the tools, pair {len(bench.pair[0]) - x.head};"
-        f" draft {DRAFT}, answer {ANSWER}, {cfg.epochs} steps, {args.rounds} rounds"
-    )
-    text = [shape, "", "| | seconds | x direct |", "|---|---|---|"]
-    text += [f"| {n} | {r['seconds']:.3f} | {show(r['direct'])} |" for n, r in rows.items()]
+def costs(args, samples):
+    """-> (report, lines of text)."""
+    spent, parts, told = measure(args, samples)
+    totals = {what: sum(values) for what, values in told.items()}
+    text = [
+        f"{len(samples)} items, {args.dtype}, {torch.get_num_threads()} threads; drafts kept"
+        f" {totals['kept']} of {totals['drafts']}, adapted {totals['adapted']}; `generate` and ours"
+        f" give the same direct answer {totals['same answer']} times",
+        "",
+        "| | items | seconds | x generate |",
+        "|---|---|---|---|",
+    ]
+    for name, seconds in spent.items():
+        ratio = show(over(seconds, spent["generate"]))
+        text.append(
+            f"| {name} | {len(seconds)} | {statistics.median(seconds.values()):.2f} | {ratio} |"
+        )
+    text += ["", "| part of an adapted answer | seconds, mean |", "|---|---|"]
+    units = ("a read token", "a written token", "the weights, read once")
+    for part, seconds in parts.items():
+        if part not in units:
+            text.append(f"| {part} | {statistics.fmean(seconds):.2f} |")
+    for part in units:
+        text.append(f"| {part} | {statistics.median(parts[part]):.4f} (median) |")
     text += ["", "| ratio | here | wanted |", "|---|---|---|"]
-    text += [f"| {a} / {b} | {show(ratio)} | {wanted} |" for a, b, ratio, wanted in targets]
-    text += ["", f"a token that is written takes as long as {step:.0f} that are read"]
-    report = {"shape": shape, "rows": rows, "targets": targets}
-    return report | {"tokens read per token written": step}, text
+    goals = []
+    for a, b, wanted in GOALS:
+        if a in spent and spent[a].keys() & spent.get(b, {}).keys():
+            goals.append((a, b, over(spent[a], spent[b]), wanted))
+            text.append(f"| {a} / {b} | {show(goals[-1][2])} | {wanted} |")
+    return {"seconds": spent, "parts": parts, "told": told, "goals": goals}, text
 
 
-def computed(_):
-    """What a sample would take, by the roofline of its forward passes -> (report, lines).
+# -------------------------------------------------------------------------------------- growth
+def grown(sample, tools, words, others):
+    """A sample with so many tools, the right one among them, and so many more words asked."""
+    right = [t for t in sample["tools"] if t["name"] == sample["call"]["name"]]
+    more = [t for t in sample["tools"] if t not in right]
+    names = {t["name"] for t in sample["tools"]}
+    for other in others:
+        for tool in other["tools"]:
+            if tool["name"] not in names:
+                names.add(tool["name"])
+                more.append(tool)
+    text = sample["messages"][-1]["content"] + " please" * words
+    messages = [*sample["messages"][:-1], sample["messages"][-1] | {"content": text}]
+    return sample | {"tools": (right + more)[:tools], "messages": messages}
 
-    A pass takes the larger of its arithmetic and of reading the weights.
-    """
-    prompt, asked, drafting, drafts, steps, pair = 581, 46, 96, 4, 5, 74  # tokens, as in `costs`
-    columns = "| shape | parameters | adapter | machine | memory | direct | certain | uncertain |"
-    report, text = {}, [columns, "|---" * 8 + "|"]
-    for shape in SHAPES:
-        config = shape_config(shape)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        weights, width = model.num_parameters(), config.hidden_size
-        layers = config.num_hidden_layers
-        linear = ttsi.linear_layers(model)
-        adapter = sum(ttsi.Config.lora_rank * (m.in_features + m.out_features) for m in linear)
-        for machine, (size, flops, bandwidth) in MACHINES.items():
-            kv_width = config.num_key_value_heads * (width // config.num_attention_heads)
-            kv = 2 * layers * kv_width * size  # bytes a token
-            memory = size * weights + 2 * 4 * adapter
-            memory += kv * (prompt + drafts * (prompt + drafting + DRAFT))
-            memory += pair * (layers * 34 * width * size)  # activations of a step
-            memory += pair * 3 * 4 * config.vocab_size  # its logits, float32
 
-            def cost(tokens, w=weights, size=size, flops=flops, bandwidth=bandwidth):
-                return max(2 * w * tokens / flops, size * w / bandwidth)
+def alone(args, sample, k):
+    """In a process of its own, so that its memory is its own -> (seconds, peak in bytes)."""
+    cfg = ttsi.Config(model=args.model, device=args.device, dtype=args.dtype, tau=2.0, k=k)
+    model, tok = ttsi.load(args.model, cfg)
+    seconds, result = timed(model, ttsi.tt_si, model, tok, sample, cfg)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if model.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    return {k: s for k, (s, _) in result.cost.items()} | {"all": seconds, "memory": peak}
 
-            names, one = cost(len(NAMES) * 8), cost(1)
-            direct = cost(prompt) + ANSWER * one
-            adapting = cost(drafting) + DRAFT * cost(drafts) + steps * 2 * cost(pair)
-            uncertain = cost(prompt) + names + adapting + cost(asked) + ANSWER * one
-            seconds = {"direct": direct, "certain": direct + names, "uncertain": uncertain}
-            report[f"{shape}, {machine}"] = {"memory": memory} | seconds
-            cells = [shape, f"{weights / 1e6:.0f} M", f"{adapter / 1e6:.1f} M", machine]
-            cells += [f"{memory / 1e9:.1f} GB", *(f"{s:.2f} s" for s in seconds.values())]
-            text.append("| " + " | ".join(cells) + " |")
+
+def grow(args, samples):
+    """-> (report, lines): one item, with more tools, a longer request, more pairs."""
+    sample, report, stages = samples[0], {}, ("prefill", "score", "generate", "train", "answer")
+    text = [f"| | {' | '.join(stages)} | all, seconds | memory |", "|---" * 8 + "|"]
+    sizes = [(5, 0, 2), (10, 0, 2), (40, 0, 2), (5, 200, 2), (5, 0, 4)]
+    for tools, words, k in sizes[:2] if args.quick else sizes:
+        more = grown(sample, tools, words, samples[1:])
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found = pool.apply(alone, (args, more, k))
+        name = f"{len(more['tools'])} tools, {words} words more, K = {k}"
+        report[name] = found
+        cells = [f"{found.get(stage, 0):.2f}" for stage in (*stages, "all")]
+        text.append(f"| {name} | {' | '.join(cells)} | {found['memory'] / 1e9:.2f} GB |")
     return report, text
 
 
@@ -307,20 +313,23 @@ def main(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("what", nargs="?", choices=["costs", "computed"], default="costs")
-    p.add_argument("--shape", choices=[*SHAPES, "embedded"], default="smollm-135m")
-    p.add_argument("--data", default="", help="the first sample of this file, not the built-in one")
-    p.add_argument("--rounds", type=int, default=7)
-    p.add_argument("--quick", action="store_true", help="--shape embedded --rounds 1")
+    p.add_argument("what", nargs="?", choices=["costs", "grow"], default="costs")
+    p.add_argument("--model", default=ttsi.Config.model)
+    p.add_argument("--data", default=str(HERE / "dev.jsonl"))
+    p.add_argument("--limit", type=int, default=30, help="items")
+    p.add_argument("--quick", action="store_true", help="--limit 2")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
-    p.add_argument("--json", action="store_true", help="the numbers, in place of the table")
+    p.add_argument("--json", action="store_true", help="the numbers, in place of the tables")
     args = p.parse_args(argv)
     if args.quick:
-        args.shape, args.rounds = "embedded", 1
-    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT's
+        args.limit = 2
+    warnings.filterwarnings("ignore")  # of PEFT and transformers, about each other
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    report, text = (computed if args.what == "computed" else costs)(args)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values())[: args.limit]
+    report, text = (grow if args.what == "grow" else costs)(args, samples)
     print(json.dumps(report) if args.json else "\n".join(text))
     return report
 

@@ -40,6 +40,7 @@ import ttsi  # noqa: E402
 
 # --------------------------------------------------------------------------------------- runs
 ALL, NONE = "--tau 2", "--tau 0"  # who is adapted
+FREE = shlex.split("--drafts 4 --k 1 --temperature 1")  # the tables' default: free drafts
 VOTES = 5
 
 
@@ -64,7 +65,7 @@ class Lab:
         self.embedded = here and args.model == ttsi.Config.model
 
     def config(self, seed, flags=""):
-        argv = ["--model", self.args.model, "--data", self.args.data, "--seed", str(seed)]
+        argv = ["--model", self.args.model, "--data", self.args.data, "--seed", str(seed), *FREE]
         if self.limit:
             argv += ["--limit", str(self.limit)]
         return ttsi.parse_flags([*argv, *shlex.split(self.args.flags), *shlex.split(flags)])
@@ -664,14 +665,14 @@ FULL = using(on_pairs_of, "", "--adapt full")
 MAIN = [
     flagged("first draft, unchecked", "--drafts 1 --no-check --attempts 1"),
     flagged("first accepted draft", "--drafts 1"),
-    flagged("closest of 4 drafts (the default)", "--drafts 4"),
+    flagged("closest of 4 free drafts", "--drafts 4"),
     ("TT-D: first accepted draft of the teacher", "--teacher data/teacher --drafts 1", TEACHERS),
     ("TT-D: closest of 4", "--teacher data/teacher", teacher),
     versus("TT-D against TT-SI, first accepted drafts", TEACHERS, ACCEPTED),
     ("nearest draft: its tool, no training", "`nearest`", using(nearest)),
 ]
 BASELINES = [
-    ("TT-SI (the default)", "--drafts 4", DEFAULT),
+    ("TT-SI, closest of 4 free drafts", "--drafts 4", DEFAULT),
     ("majority vote over 5 sampled calls", "`majority`", VOTE),
     ("pass@5: needs the label", "`any_of`", using(any_of, VOTE_T)),
     ("the pairs in the prompt, no training (TT-ICL)", "`shown`", shown),
@@ -685,7 +686,7 @@ BASELINES = [
 ]
 UPPER_BOUND = "the item itself, label included, adapt all: an upper bound"
 CONTROLS = [
-    ("TT-SI (the default)", "--drafts 4", DEFAULT),
+    ("TT-SI, closest of 4 free drafts", "--drafts 4", DEFAULT),
     ("adapt all", ALL, EVERYONE),
     ("adapt only the certain", "`certain`", using(gated, certain)),
     ("a random subset of the same size", "`a_random_subset`", a_random_subset),
@@ -928,7 +929,11 @@ def findings(found):
 # ------------------------------------------------------------------------------------ figures
 COLOURS = ("#1f5fa8", "#c0392b", "#2e8b57", "#8e5ea2")
 WHITE = 'fill="white" font-size="10"'
-AGAIN = ("TT-SI (the default)", "closest of 4 drafts", "K = 1, of 1 drafts")  # rows of `main`
+AGAIN = (
+    "TT-SI, closest of 4 free drafts",
+    "closest of 4 drafts",
+    "K = 1, of 1 drafts",
+)  # rows of `main`
 
 
 def svg(width, height, body):

@@ -252,10 +252,6 @@ def published():
             yield f"{file.name}: {label}", r
 
 
-MEASURED = {"direct", "certain", "uncertain, suffix", "uncertain, full", "H, after the prompt"}
-MEASURED |= {"H, whole prompts", "T, suffix", "T, full", "T, floor of full", "prompt alone"}
-
-
 # -------------------------------------------------------------------------------- the world
 def test_the_splits_are_what_the_generator_writes():
     for split, n in world.FILES.items():
@@ -952,20 +948,18 @@ def test_native_is_ours_in_the_real_models_template(tok):
 def test_cells_are_made_once_and_compared_with_the_direct_answer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(choose, "KEPT", tmp_path)
     flags = f"--model {ttsi.Config.model} --data {HERE / 'dev.jsonl'} --dtype float32 --limit 6"
-    cells = ["each", "each-lr1e-4", "each-two-tools", "neighbours", "itself"]
+    cells = ["two", "two-lr1e-4", "neighbours", "itself"]
     choose.main([*flags.split(), *cells])
     first, rows = capsys.readouterr().out, {cell: choose.read_rows(cell) for cell in choose.CELLS}
     assert len(rows["direct"]) == 6
     uncertain = [i for i, row in rows["direct"].items() if row["margin"] < 0.95]
     assert uncertain and all([*rows[cell]] == uncertain for cell in cells)
     for i in uncertain:
-        pairs, drafts = rows["each"][i]["pairs"], rows["each"][i]["drafts"]
+        pairs, drafts = rows["two"][i]["pairs"], rows["two"][i]["drafts"]
         assert all(pair in [draft["pair"] for draft in drafts] for pair in pairs)
-        slower = rows["each-lr1e-4"][i]
+        slower = rows["two-lr1e-4"][i]
         assert slower["pairs"] == pairs and slower["drafts"] == drafts, "other pairs"
-        fewer = rows["each-two-tools"][i]["drafts"]
-        assert 0 < len(fewer) <= len(drafts) and all(draft in drafts for draft in fewer)
-        assert slower["loss"][:1] == pytest.approx(rows["each"][i]["loss"][:1])
+        assert slower["loss"][:1] == pytest.approx(rows["two"][i]["loss"][:1])
         assert len(rows["neighbours"][i]["pairs"]) == 3 and len(rows["itself"][i]["pairs"]) == 1
     right = {True: 0, False: 0}
     for i, row in rows["direct"].items():
@@ -983,9 +977,9 @@ def test_cells_are_made_once_and_compared_with_the_direct_answer(tmp_path, monke
     at = [*rows["direct"]].index(uncertain[0])
     found = re.search(r"\| itself \| (\d+) \|", told)
     assert int(found[1] if found else 0) == at, "certain items alone would look like no difference"
-    monkeypatch.setitem(choose.CELLS, "each", ("--drafts 0 --k 2", None))
+    monkeypatch.setitem(choose.CELLS, "two", ("--drafts 0 --k 3", None))
     with pytest.raises(ttsi.InputError, match="rows of"):
-        choose.main([*flags.split(), "each"])
+        choose.main([*flags.split(), "two"])
 
 
 def test_neighbours_are_of_other_requests_and_have_their_own_tools(tok):
@@ -1001,45 +995,62 @@ def test_neighbours_are_of_other_requests_and_have_their_own_tools(tok):
 
 
 # -------------------------------------------------------------------------------- the bench
-def test_the_bench_measures_every_stage(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "DRAFT", 5)
-    monkeypatch.setattr(bench, "ANSWER", 3)
-    generate, judge, parse = ttsi.generate, ttsi.judge, ttsi.parse
-    report = bench.main(["--quick", "--json"])
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["rows"].keys() == report["rows"].keys(), "--json prints other rows"
-    assert report["rows"].keys() >= MEASURED, f"not measured: {MEASURED - report['rows'].keys()}"
-    assert all(row["seconds"] > 0 for row in report["rows"].values()), "took no time"
-    wanted = [(a, b) for a, b, _ in bench.TARGETS if "PEFT" not in a]
-    assert [(a, b) for a, b, *_ in report["targets"] if "PEFT" not in a] == wanted, "targets"
-    assert (generate, judge, parse) == (ttsi.generate, ttsi.judge, ttsi.parse), "still patched"
+def test_the_bench_times_all_rivals_on_all_items(capsys):
+    report, judge = bench.main(["--quick", "--json"]), ttsi.judge
+    assert json.loads(capsys.readouterr().out).keys() == report.keys()
+    rivals = {"generate", "direct", "TT-SI, certain", "TT-SI, adapted", "TT-SI, no pair"}
+    assert report["seconds"].keys() >= rivals
+    for name, seconds in report["seconds"].items():
+        assert len(seconds) == 2 and all(s > 0 for s in seconds.values()), name
+    assert report["told"]["same answer"] == [True, True], "transformers answers otherwise"
+    assert report["parts"].keys() >= {"prefill", "score", "generate", "train", "answer"}
+    assert judge is ttsi.judge, "still patched"
+    assert [goal[:2] for goal in report["goals"]][:2] == [goal[:2] for goal in bench.GOALS[:2]]
+    bench.main(["--quick"])
+    assert "| TT-SI, adapted | 2 | " in capsys.readouterr().out
 
 
-def test_the_bench_notices_a_stage_that_was_left_out(monkeypatch):
-    ours = ttsi.tt_si
+def test_the_competent_user_scores_and_trains_as_ttsi_does(tok):
+    pytest.importorskip("peft")
+    cfg = ttsi.Config(adapt="full", lora_rank=4)
+    model, _ = ttsi.load(cfg.model, cfg)
+    sample = next(iter(ttsi.read_jsonl(HERE / "dev.jsonl", ttsi.to_sample).values()))
+    x = ttsi.prepare(tok, sample, cfg)
+    margin = ttsi.margin(ttsi.score(x, ttsi.Prefix(model, x.ids[:-1])))
+    spans = [ttsi.pair_span(x, {"request": r, "call": sample["call"]}) for r in ("one", "or two")]
+    want = -(ttsi.logprob(spans, ttsi.Prefix(model, [])) / len(spans[0][0][spans[0][1] :])).mean()
+    rival = bench.Competent(model, tok, cfg)
+    with rival.model.disable_adapter():
+        assert rival.score(x)[1] == pytest.approx(margin, abs=1e-4), "another margin"
+    losses, forward = [], rival.model.forward
 
-    def without_training(*args):
-        result = ours(*args)
-        result.cost.pop("train", None)
-        return result
+    def told(**how):
+        out = forward(**how)
+        losses.append(out.loss.item())
+        return out
 
-    monkeypatch.setattr(bench, "DRAFT", 5)
-    monkeypatch.setattr(bench, "ANSWER", 3)
-    monkeypatch.setattr(ttsi, "tt_si", without_training)
-    with pytest.raises(AssertionError):
-        bench.main(["--quick"])
+    rival.model.forward = told
+    for _ in range(2):
+        rival.train(spans)
+    assert len(losses) == 2 * cfg.epochs and losses[0] > losses[cfg.epochs - 1]
+    assert losses[0] == pytest.approx(want.item(), rel=1e-3), "another loss"
+    assert losses[cfg.epochs] == pytest.approx(losses[0], rel=1e-5), "the adapter was not reset"
 
 
 def test_ratios_of_the_bench_by_hand():
-    four = bench.over([2, 4, 8, 6], [1, 1, 2, 2])  # ratios 2, 3, 4, 4
-    assert four == (5 / 1.5, 3, 3.5, 4), "four rounds: median over median, then quartiles"
-    assert bench.over([1, 2, 9], [1, 1, 1]) == (2, 1, 2, 9), "three rounds: all of them"
+    a, b = (
+        dict(zip("wxyz", (2, 4, 8, 6), strict=True)),
+        dict(zip("wxyz", (1, 1, 2, 2), strict=True)),
+    )
+    found = bench.over(a, b | {"other": 99})  # ratios 2, 3, 4, 4
+    assert found == (5 / 1.5, 3, 3.5, 4), "four items: median over median, then quartiles"
+    assert bench.over({"x": 1, "y": 2, "z": 9}, {"x": 1, "y": 1, "z": 1}) == (2, 1, 2, 9)
 
 
-def test_what_is_computed_for_real_models_stands_in_the_readme(capsys):
-    report = bench.main(["computed"])
-    text = capsys.readouterr().out
-    assert text in READMES[0].read_text(), "run `python data/bench.py computed`"
-    small = report["qwen2.5-0.5b, laptop GPU, bfloat16"]  # by hand: 494 M parameters of 2 bytes
-    want = 2 * 494e6 * 581 / 10e12 + 30 * 2 * 494e6 / 250e9
-    assert small["direct"] == pytest.approx(want, rel=0.01), "not the roofline"
+def test_a_grown_sample_keeps_its_right_tool_and_asks_for_more():
+    samples = list(ttsi.read_jsonl(HERE / "dev.jsonl", ttsi.to_sample).values())
+    more = bench.grown(samples[0], 40, 7, samples[1:])
+    names = [tool["name"] for tool in more["tools"]]
+    assert len(set(names)) == 40 and samples[0]["call"]["name"] in names
+    said, asked = more["messages"][-1]["content"], samples[0]["messages"][-1]["content"]
+    assert len(said.split()) == len(asked.split()) + 7
