@@ -767,7 +767,7 @@ def test_each_likely_tool_has_its_pair_or_none_is_trained_on(llama, tok, monkeyp
     texts = copy.deepcopy(good)
     ttsi.generate(llama, tok, x, tools, LOGP, dataclasses.replace(cfg, seed=1))
     assert len(set(drawn)) == 12, "the seed draws nothing"
-    texts, asked[:] = good | {"get": [JUNK] * 3}, []
+    texts, asked[:] = copy.deepcopy(good | {"get": [JUNK] * 3}), []
     drafts, pairs = ttsi.generate(llama, tok, x, tools, LOGP, cfg)
     assert pairs == [] and len(drafts) == 6, "one has none: the others would be chosen for it"
     assert "get_all_users" not in asked, "written for nothing"
@@ -1178,7 +1178,7 @@ def test_a_byte_order_mark_and_line_endings_change_nothing(tmp_path):
         to_samples(path)
 
 
-FLAGS += [("--drafts 0", "--k 2, or --drafts 1"), ("--drafts -1", "from 0")]
+FLAGS += [("--k 1", "--k 2, or --drafts 1"), ("--drafts -1", "from 0")]
 
 
 @pytest.mark.parametrize("argv,complaint", FLAGS)

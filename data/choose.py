@@ -15,7 +15,7 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pstdev
 from unittest import mock
 
 import transformers
@@ -81,6 +81,7 @@ CELLS = {
     "two-lr1e-4": (f"{TWO} --lr 1e-4", "two"),
     "two-10-steps": (f"{TWO} --epochs 10 --lr 1.5e-4", "two"),  # the same way
     "two-full": (f"{TWO} --adapt full", "two"),
+    "two-ours": (f"{TWO} --prompt ours", "two"),
     "two-temperature-1": (f"{TWO} --temperature 1", None),
     "free": ("--drafts 4 --k 1 --temperature 0.7", None),
     "neighbours": (f"{TWO} --no-check", neighbours),
@@ -141,16 +142,17 @@ def make_rows(args, cell, model, tok, samples, pool):
         ttsi.save(KEPT / f"{cell}.jsonl", [ttsi.dumps(to_row(result, sample))], "a")
 
 
-def table(limit):
-    """Prints each cell beside the direct answer, over the first items, as far as it has them."""
-    direct = read_rows(DIRECT)
+def table(skip, limit):
+    """Prints each cell beside the direct answer, over the items from skip to limit, as far as it
+    has them."""
+    direct, shown = read_rows(DIRECT), []
     print(
         "| cell | items | names | calls | difference [95 %] | better, worse | adapted | drafts kept"
         " | seconds |\n|---|---|---|---|---|---|---|---|---|"
     )
     for cell, source in SOURCES.items():
         rows, pairs = read_rows(cell), []
-        for i in [*direct][:limit]:
+        for i in [*direct][skip:limit]:
             if i not in rows and not certain(direct[i]):
                 break  # what is certain alone would look like no difference
             pairs.append((direct[i], rows.get(i, direct[i])))
@@ -167,22 +169,30 @@ def table(limit):
         adapted = sum(r["decision"] == "adapted" for _, r in pairs)
         verdicts = Counter(d["verdict"] for _, r in pairs for d in r["drafts"])
         own = source is None  # its drafts, so that it knows what they cost
+        if own and cell != DIRECT:
+            sd = pstdev(change["call"])
+            shown.append(
+                f"{cell}: s.d. {sd:.2f} an item, 294 show {280 * sd / 294**0.5:.1f} points"
+            )
         kept = f"{verdicts['kept']}/{verdicts.total()}" if own else ""
         seconds = fmean(sum(s for s, _ in r["cost"].values()) for _, r in pairs)
         print(
             f"| {cell} | {len(pairs)} | {names:.1f} | {calls:.1f} | {', '.join(told)} |"
             f" {wins}, {losses} | {adapted} | {kept} | {f'{seconds:.1f}' if own else ''} |"
         )
+    print("", "Call accuracy, four cases in five, at 5 %:", *shown, sep="\n")
 
 
 def seeds(samples):
     """Prints whether pairs answer to their seed: the words of it that they hold, in percent, and
-    of another's, and how many call the tool that is right for it."""
-    asked = {s["id"]: set(ttsi.words(labelled(s)["request"])) for s in samples}
+    of another's, how many call the tool that is right for it, and what the tool of the nearest
+    pair would do for names without training, over the items adapted."""
+    requests = {s["id"]: labelled(s)["request"] for s in samples}
+    asked, direct = {i: set(ttsi.words(text)) for i, text in requests.items()}, read_rows(DIRECT)
     right = {s["id"]: s["call"]["name"] for s in samples}
     after = dict(zip(asked, [*asked][1:] + [*asked][:1], strict=True))  # another item
     for cell in [cell for cell, source in SOURCES.items() if source is None]:
-        own, other, called = [], [], []
+        own, other, called, near = [], [], [], []
         for i, row in read_rows(cell).items():
             pairs = [draft["pair"] for draft in row["drafts"] if draft["pair"] and i in asked]
             said = [set(ttsi.words(pair["request"])) for pair in pairs]
@@ -190,12 +200,21 @@ def seeds(samples):
                 if pairs:  # a mean for each item
                     found.append(fmean(100 * len(part & words) / len(words) for part in said))
             called += [pair["call"]["name"] == right[i] for pair in pairs]
-        if own:
+            if i in asked and row["decision"] == "adapted":
+                drafts = [{"verdict": "kept", "pair": pair} for pair in row["pairs"]]
+                nearest = ttsi.closest(drafts, requests[i])[0]["call"]["name"]
+                near.append(
+                    (direct[i]["scores"]["name"], nearest == right[i], row["scores"]["name"])
+                )
+        if near:
             low, high = ttsi.interval([a - b for a, b in zip(own, other, strict=True)])
             print(
                 f"{cell}: {len(called)} pairs hold {fmean(own):.1f} % of the words of their seed,"
                 f" {fmean(other):.1f} % of another's (difference from {low:.1f} to {high:.1f});"
-                f" {100 * fmean(called):.0f} % call the seed's right tool"
+                f" {100 * fmean(called):.0f} % call the seed's right tool; names, where adapted:"
+                " direct {:.1f}, the nearest pair's {:.1f}, trained {:.1f} %".format(
+                    *(100 * fmean(values) for values in zip(*near, strict=True))
+                )
             )
 
 
@@ -206,6 +225,7 @@ def main(argv=None):
     parser.add_argument("--data", required=True)
     parser.add_argument("--pool", nargs="*", default=[], help="labelled files, for neighbours")
     parser.add_argument("--limit", type=int, default=60)
+    parser.add_argument("--skip", type=int, default=0, help="items that the table leaves out")
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
@@ -221,7 +241,7 @@ def main(argv=None):
         KEPT.mkdir(parents=True, exist_ok=True)
         for cell in dict.fromkeys([DIRECT, *args.cells]):
             make_rows(args, cell, model, tok, samples, pool)
-    table(args.limit)
+    table(args.skip, args.limit)
     seeds(samples)
 
 

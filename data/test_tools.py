@@ -982,6 +982,17 @@ def test_cells_are_made_once_and_compared_with_the_direct_answer(tmp_path, monke
         choose.main([*flags.split(), "two"])
 
 
+@pytest.mark.parametrize("skip,limit", [(0, 60), (0, 200), (60, 200)])
+def test_the_tables_of_the_choice_are_made_of_the_rows(skip, limit, capsys):
+    choose.table(skip, limit)
+    out = capsys.readouterr().out.splitlines()
+    part = re.search(
+        rf"<!-- choice {skip} {limit} -->\n(.*?)<!-- end -->", READMES[1].read_text(), re.S
+    )
+    lines = part[1].splitlines()
+    assert len(lines) > 3 and set(lines) <= set(out), [line for line in lines if line not in out]
+
+
 def test_neighbours_are_of_other_requests_and_have_their_own_tools(tok):
     one, *others = (ttsi.to_sample(record) for record in read(HERE / "dev.jsonl")[:9])
     pairs = choose.neighbours(one, [one, one | {"id": "another"}, *others])
