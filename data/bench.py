@@ -11,11 +11,13 @@ that slows down disturbs less.
 The rivals are `generate` of transformers, for an answer, and for the whole method what a competent
 user would write: a cache of the prompt, all candidates in one padded batch, the tool list's cache
 and num_return_sequences for as many free drafts as ours wrote, an adapter of PEFT that is wrapped
-once and re-initialised, a plain loop on whole prompts (PEFT's adapter acts on all tokens). It
-trains on the pairs that ours wrote, with the same steps. It needs `pip install peft`.
+once, re-initialised, and merged for the answer, a plain loop on whole prompts. It trains on the
+pairs that ours wrote, with as many steps. PEFT's adapter acts on all tokens, as `full` does; so
+some of the difference to ours is the algorithm's. It needs `pip install peft`.
 """
 
 import argparse
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -26,7 +28,6 @@ import statistics
 import sys
 import time
 import warnings
-from copy import deepcopy
 from pathlib import Path
 from unittest import mock
 
@@ -46,31 +47,30 @@ GOALS = [  # a rival, its measure, and what is wanted
 
 
 # --------------------------------------------------------------------------------- the rivals
-class Called(transformers.StoppingCriteria):
-    """Ends an answer where ours ends: with its call."""
+class Ending(transformers.StoppingCriteria):
+    """Ends a text where ours ends."""
 
-    def __init__(self, tok, begin):
-        self.tok, self.begin = tok, begin
-
-    def __call__(self, ids, scores, **how):
-        texts = self.tok.batch_decode(ids[:, self.begin :], skip_special_tokens=True)
-        return torch.tensor([bool(ttsi.parse(text)[0]) for text in texts], device=ids.device)
-
-
-class Drafted(Called):
-    """Ends a draft where ours ends: whole, or no pair any more."""
+    def __init__(self, tok, begin, over):
+        self.tok, self.begin, self.over = tok, begin, over
 
     def __call__(self, ids, scores, **how):
         texts = self.tok.batch_decode(ids[:, self.begin :], skip_special_tokens=True)
-        return torch.tensor([ttsi.draft_over(text) for text in texts], device=ids.device)
+        return torch.tensor([bool(self.over(text)) for text in texts], device=ids.device)
+
+
+def called(text):
+    return ttsi.parse(text)[0]
 
 
 @torch.no_grad()
-def generate(model, tok, cfg, ids, ending, **how):
+def generate(model, tok, cfg, ids, over, **how):
     """transformers' own -> texts."""
     rows = torch.tensor([ids], device=model.device)
     how = {"do_sample": False, "pad_token_id": tok.eos_token_id or 0} | how
-    how |= {"max_new_tokens": cfg.max_new_tokens, "stopping_criteria": [ending(tok, len(ids))]}
+    how |= {
+        "max_new_tokens": cfg.max_new_tokens,
+        "stopping_criteria": [Ending(tok, len(ids), over)],
+    }
     out = model.generate(rows, attention_mask=torch.ones_like(rows), **how)
     return tok.batch_decode(out[:, len(ids) :], skip_special_tokens=True)
 
@@ -85,6 +85,8 @@ class Competent:
         how = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": "all-linear"}
         self.model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **how))
         self.lora = [p for p in self.model.parameters() if p.requires_grad]
+        self.layers = [m for m in self.model.modules() if hasattr(m, "reset_lora_parameters")]
+        self.base = [m.get_base_layer().weight.detach().clone() for m in self.layers]
 
     def __call__(self, sample, pairs, drafts):
         """Answers a sample; `pairs` are trained on, after as many `drafts` were written."""
@@ -93,26 +95,32 @@ class Competent:
             cache, margin = self.score(x)
             assert 0 <= margin <= 1
             cache.crop(x.head - len(x.ids) + 1)  # negative: so many are dropped
-            prompt, _ = ttsi.render(
-                self.tok,
-                self.cfg,
-                x.tools,
-                [*x.system, ttsi.turn("user", ttsi.DRAFT + x.request)],
-            )
+            turns = [*x.system, ttsi.turn("user", ttsi.DRAFT + x.request)]
+            prompt, _ = ttsi.render(self.tok, self.cfg, x.tools, turns)
             ids = ttsi.to_ids(self.tok, self.cfg, prompt)
+            assert ids[: x.head] == x.ids[: x.head], "another list of tools"
+            rest = torch.tensor([ids[x.head : -1]], device=self.model.device)
+            with torch.no_grad():  # once, for all drafts
+                self.model(input_ids=rest, past_key_values=cache, logits_to_keep=1)
             cache.batch_repeat_interleave(drafts)
             how = {"num_return_sequences": drafts, "do_sample": True, "past_key_values": cache}
             how |= {"temperature": self.cfg.temperature, "top_k": 0, "top_p": 1.0}
-            generate(self.model, self.tok, self.cfg, ids, Drafted, **how)
+            generate(self.model, self.tok, self.cfg, ids, ttsi.draft_over, **how)
         self.train([ttsi.pair_span(x, pair) for pair in pairs])
-        return generate(self.model, self.tok, self.cfg, x.ids, Called)[0]
+        self.model.merge_adapter()  # a written token is half as dear
+        answer = generate(self.model, self.tok, self.cfg, x.ids, called)[0]
+        with torch.no_grad():  # to unmerge is inexact in half precision
+            for layer, weight in zip(self.layers, self.base, strict=True):
+                layer.get_base_layer().weight.copy_(weight)
+                layer.merged_adapters.clear()
+        return answer
 
     @torch.no_grad()
     def score(self, x):
         """H -> (the prompt's cache, the margin)."""
         ids = torch.tensor([x.ids], device=self.model.device)
         cache = self.model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-        n, behind = len(x.ids) - 1, deepcopy(cache)
+        n, behind = len(x.ids) - 1, copy.deepcopy(cache)
         rows = pad_sequence([torch.tensor(ids[n:]) for ids, _ in x.candidates], batch_first=True)
         rows = rows.to(self.model.device)
         behind.batch_repeat_interleave(len(rows))
@@ -124,42 +132,34 @@ class Competent:
 
     def train(self, spans):
         """T, by PEFT: re-initialised, then steps on whole prompts in one padded batch."""
-        for module in self.model.modules():
-            if hasattr(module, "reset_lora_parameters"):
-                module.reset_lora_parameters("default", init_lora_weights=True)
+        for layer in self.layers:
+            layer.reset_lora_parameters("default", init_lora_weights=True)
         ids = pad_sequence([torch.tensor(ids) for ids, _ in spans], batch_first=True)
         labels = torch.full_like(ids, -100)
         for row, (whole, begin) in zip(labels, spans, strict=True):
             row[begin : len(whole)] = torch.tensor(whole[begin:])
-        ids, labels = ids.to(self.model.device), labels.to(self.model.device)
+        last = torch.arange(ids.shape[1])[min(begin for _, begin in spans) - 1 :]  # no other logits
+        ids, labels = ids.to(self.model.device), labels[:, last].to(self.model.device)
         adam = torch.optim.AdamW(self.lora, lr=1e-4)
         for _ in range(self.cfg.epochs):
-            self.model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+            how = {"labels": labels, "logits_to_keep": last, "use_cache": False}
+            self.model(input_ids=ids, **how).loss.backward()
             adam.step()
             adam.zero_grad()
 
 
 # --------------------------------------------------------------------------------- measurement
-class Ours:
-    """ttsi.py, forced to be certain, to adapt, or to find no pair."""
+def without_pair(model, tok, sample, cfg, tool):
+    """The dearest way to no pair: all drafts for the last of the tools are refused."""
+    ours = ttsi.judge
 
-    def __init__(self, model, tok, cfg):
-        self.model, self.tok, self.cfg = model, tok, cfg
+    def judge(*args):
+        draft = ours(*args)
+        refused = draft["pair"] and draft["pair"]["call"]["name"] == tool
+        return draft | {"verdict": "refused", "pair": None} if refused else draft
 
-    def tt_si(self, sample, **changes):
-        cfg = dataclasses.replace(self.cfg, **changes)
-        return ttsi.tt_si(self.model, self.tok, sample, cfg)
-
-    def without_pair(self, sample):
-        def judge(text, *_):
-            return {"text": text, "verdict": "refused", "pair": None}
-
-        with mock.patch.object(ttsi, "judge", judge):
-            return self.tt_si(sample, tau=2.0)
-
-    def direct(self, x):
-        prompt = ttsi.Prefix(self.model, x.ids[:-1])
-        return ttsi.write(self.tok, x.ids, prompt, self.cfg)
+    with mock.patch.object(ttsi, "judge", judge):
+        return ttsi.tt_si(model, tok, sample, cfg)
 
 
 def timed(model, f, *args, **how):
@@ -175,38 +175,51 @@ def measure(args, samples):
     """-> ({rival: {id: seconds}}, {part: [seconds]}, {what: [its size]}); all rivals in turn."""
     cfg = ttsi.Config(model=args.model, device=args.device, dtype=args.dtype)
     model, tok = ttsi.load(args.model, cfg)
-    ours, competent = Ours(model, tok, cfg), None
+    competent, always = None, dataclasses.replace(cfg, tau=2.0)
     if importlib.util.find_spec("peft"):
         competent = Competent(ttsi.load(args.model, cfg)[0], tok, cfg)
+
+    def ours(sample, **changes):
+        return ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, **changes))
+
+    def direct(x):
+        return ttsi.write(tok, x.ids, ttsi.Prefix(model, x.ids[:-1]), cfg)
+
     spent, parts, told = {}, {}, {"drafts": [], "kept": [], "adapted": [], "same answer": []}
-    bytes_read = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    there, here_too = torch.ones(2, size // 2, dtype=torch.uint8, device=model.device)
     for turn, sample in enumerate(samples[:1] + samples):  # the first warms up
         x = ttsi.prepare(tok, sample, cfg)
-        seconds, result = timed(model, ours.tt_si, sample, tau=2.0)
-        here = {"TT-SI, adapted": seconds} if result.decision == "adapted" else {}
+        result = ttsi.tt_si(model, tok, sample, always)  # seeded: the timed one drafts the same
+        last = sorted(result.logp, key=result.logp.get, reverse=True)[: cfg.k][-1]
         rivals = {
-            "generate": lambda x=x: generate(model, tok, cfg, x.ids, Called)[0],
-            "direct": lambda x=x: ours.direct(x)[0],
-            "TT-SI, certain": lambda s=sample: ours.tt_si(s, tau=0.0),
-            "TT-SI, no pair": lambda s=sample: ours.without_pair(s),
+            "generate": lambda x=x: generate(model, tok, cfg, x.ids, called)[0],
+            "direct": lambda x=x: direct(x)[0],
+            "TT-SI, certain": lambda s=sample: ours(s, tau=0.0),
+            "TT-SI, no pair": lambda s=sample, t=last: without_pair(model, tok, s, always, t),
         }
+        if result.pairs:
+            rivals["TT-SI, adapted"] = lambda s=sample: ours(s, tau=2.0)
+            rivals["TT-SI, adapted, full"] = lambda s=sample: ours(s, tau=2.0, adapt="full")
         if competent and result.pairs:
             rivals["a competent user's TT-SI"] = lambda s=sample, r=result: competent(
                 s, r.pairs, len(r.drafts)
             )
-        names, said = [*rivals], {}
+        names, here, said = [*rivals], {}, {}
+        torch.manual_seed(0)  # of the competent user's drafts
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             here[name], said[name] = timed(model, rivals[name])
             print(f"\r{turn} of {len(samples)}: {name:40}", end="", file=sys.stderr)
         read, _ = timed(model, ttsi.Prefix, model, x.ids[:-1])
-        copied, _ = timed(model, torch.empty(bytes_read // 2, dtype=torch.uint8).clone)
+        copied = min(timed(model, there.copy_, here_too)[0] for _ in range(3))
         if turn == 0:
             continue
         for name, seconds in here.items():
             spent.setdefault(name, {})[sample["id"]] = seconds
-        for part, (seconds, _) in result.cost.items() if "TT-SI, adapted" in here else ():
+        adapted = said.get("TT-SI, adapted", ttsi.Result(""))
+        for part, (seconds, _) in adapted.cost.items():
             parts.setdefault(part, []).append(seconds)
-        written = len(tok(said["direct"], add_special_tokens=False).input_ids)
+        written = max(1, len(tok(said["direct"], add_special_tokens=False).input_ids))
         parts.setdefault("a read token", []).append(read / (len(x.ids) - 1))
         parts.setdefault("a written token", []).append((here["direct"] - read) / written)
         parts.setdefault("the weights, read once", []).append(copied)  # half read, half written
@@ -268,28 +281,25 @@ def costs(args, samples):
 # -------------------------------------------------------------------------------------- growth
 def grown(sample, tools, words, others):
     """A sample with so many tools, the right one among them, and so many more words asked."""
-    right = [t for t in sample["tools"] if t["name"] == sample["call"]["name"]]
-    more = [t for t in sample["tools"] if t not in right]
-    names = {t["name"] for t in sample["tools"]}
-    for other in others:
-        for tool in other["tools"]:
-            if tool["name"] not in names:
-                names.add(tool["name"])
-                more.append(tool)
+    offered = {t["name"]: t for item in [sample, *others] for t in item["tools"]}
+    right = offered.pop(sample["call"]["name"])
     text = sample["messages"][-1]["content"] + " please" * words
     messages = [*sample["messages"][:-1], sample["messages"][-1] | {"content": text}]
-    return sample | {"tools": (right + more)[:tools], "messages": messages}
+    return sample | {"tools": [right, *offered.values()][:tools], "messages": messages}
 
 
 def alone(args, sample, k):
     """In a process of its own, so that its memory is its own -> (seconds, peak in bytes)."""
     cfg = ttsi.Config(model=args.model, device=args.device, dtype=args.dtype, tau=2.0, k=k)
     model, tok = ttsi.load(args.model, cfg)
+    ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, tau=0.0))  # to warm up
     seconds, result = timed(model, ttsi.tt_si, model, tok, sample, cfg)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if model.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    return {k: s for k, (s, _) in result.cost.items()} | {"all": seconds, "memory": peak}
+    found = {part: spent for part, (spent, _) in result.cost.items()}
+    found |= {"all": seconds, "memory": peak, "drafts": len(result.drafts)}
+    return found | {"decision": result.decision}
 
 
 def grow(args, samples):
@@ -301,7 +311,8 @@ def grow(args, samples):
         more = grown(sample, tools, words, samples[1:])
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found = pool.apply(alone, (args, more, k))
-        name = f"{len(more['tools'])} tools, {words} words more, K = {k}"
+        name = f"{len(more['tools'])} tools, {words} words more, K = {k}:"
+        name += f" {found['decision']}, {found['drafts']} drafts"
         report[name] = found
         cells = [f"{found.get(stage, 0):.2f}" for stage in (*stages, "all")]
         text.append(f"| {name} | {' | '.join(cells)} | {found['memory'] / 1e9:.2f} GB |")

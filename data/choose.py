@@ -84,8 +84,8 @@ CELLS = {
     "two-ours": (f"{TWO} --prompt ours", "two"),
     "two-temperature-1": (f"{TWO} --temperature 1", None),
     "free": ("--drafts 4 --k 1 --temperature 0.7", None),
-    "neighbours": (f"{TWO} --no-check", neighbours),
-    "itself": (f"{TWO} --no-check", itself),
+    "neighbours": (TWO, neighbours),
+    "itself": (TWO, itself),
 }
 # Rows of a form that is gone: a third pair where the third tool's p was above .05.
 THEN = {"three": None}
@@ -97,6 +97,10 @@ SOURCES = {cell: source for cell, (_, source) in CELLS.items()} | THEN
 def flags_of(args, cell):
     shared = ["--model", args.model, "--data", args.data, "--dtype", args.dtype]
     return ttsi.parse_flags([*shared, *CELLS[cell][0].split()])
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def read_rows(cell):
@@ -125,8 +129,10 @@ def make_rows(args, cell, model, tok, samples, pool):
     cfg, rows, direct = flags_of(args, cell), read_rows(cell), read_rows(DIRECT)
     source = CELLS[cell][1]
     drafted = read_rows(source) if source in CELLS else {}
-    what = {"flags": CELLS[cell][0], "dtype": args.dtype, "model": ttsi.fingerprint(model, tok)}
-    what["data"] = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()[:16]
+    what = vars(cfg) | {"model": ttsi.fingerprint(model, tok), "data": digest(args.data)}
+    what |= {"pairs": source.__name__ if callable(source) else source}
+    if source is neighbours:
+        what["pool"] = len(pool)
     beside = KEPT / f"{cell}.settings.json"
     begun = json.loads(beside.read_text()) if beside.exists() else what
     ttsi.need(begun == what, f"{beside}: rows of {begun}, not of {what}")
@@ -148,7 +154,7 @@ def table(skip, limit):
     direct, shown = read_rows(DIRECT), []
     print(
         "| cell | items | names | calls | difference [95 %] | better, worse | adapted | drafts kept"
-        " | seconds |\n|---|---|---|---|---|---|---|---|---|"
+        " |\n|---|---|---|---|---|---|---|---|"
     )
     for cell, source in SOURCES.items():
         rows, pairs = read_rows(cell), []
@@ -156,7 +162,7 @@ def table(skip, limit):
             if i not in rows and not certain(direct[i]):
                 break  # what is certain alone would look like no difference
             pairs.append((direct[i], rows.get(i, direct[i])))
-        if not rows or not pairs:
+        if not any(i in rows for i in [*direct][skip:limit]):
             continue
         change = {k: [r["scores"][k] - d["scores"][k] for d, r in pairs] for k in ("name", "call")}
         told = []
@@ -175,10 +181,9 @@ def table(skip, limit):
                 f"{cell}: s.d. {sd:.2f} an item, 294 show {280 * sd / 294**0.5:.1f} points"
             )
         kept = f"{verdicts['kept']}/{verdicts.total()}" if own else ""
-        seconds = fmean(sum(s for s, _ in r["cost"].values()) for _, r in pairs)
         print(
             f"| {cell} | {len(pairs)} | {names:.1f} | {calls:.1f} | {', '.join(told)} |"
-            f" {wins}, {losses} | {adapted} | {kept} | {f'{seconds:.1f}' if own else ''} |"
+            f" {wins}, {losses} | {adapted} | {kept} |"
         )
     print("", "Call accuracy, four cases in five, at 5 %:", *shown, sep="\n")
 
@@ -221,7 +226,7 @@ def seeds(samples):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cells", nargs="*", metavar="CELL", help=f"of {', '.join(CELLS)}")
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", default="", help="where a CELL is given")
     parser.add_argument("--data", required=True)
     parser.add_argument("--pool", nargs="*", default=[], help="labelled files, for neighbours")
     parser.add_argument("--limit", type=int, default=60)
@@ -232,8 +237,8 @@ def main(argv=None):
     unknown = set(args.cells) - set(CELLS)
     if unknown:
         parser.error(f"no cell {unknown}")
-    samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values())[: args.limit]
-    pool = [*samples]
+    samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values())
+    pool, samples = samples, samples[: args.limit]
     for path in args.pool:
         pool += ttsi.read_jsonl(path, ttsi.to_sample).values()
     if args.cells:

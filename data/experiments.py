@@ -65,10 +65,12 @@ class Lab:
         self.embedded = here and args.model == ttsi.Config.model
 
     def config(self, seed, flags=""):
-        argv = ["--model", self.args.model, "--data", self.args.data, "--seed", str(seed), *FREE]
+        argv = ["--model", self.args.model, "--data", self.args.data, "--seed", str(seed)]
         if self.limit:
             argv += ["--limit", str(self.limit)]
-        return ttsi.parse_flags([*argv, *shlex.split(self.args.flags), *shlex.split(flags)])
+        flags = shlex.split(f"{self.args.flags} {flags}")
+        free = [] if "--paper" in flags else FREE
+        return ttsi.parse_flags([*argv, *free, *flags])
 
     def path(self, seed, flags=""):
         """The file of the rows of `python ttsi.py --seed SEED FLAGS`, which is run if it was not
@@ -269,7 +271,7 @@ def with_pairs(tok, x, pairs):
 
 @kept
 def shown(lab, seed):
-    """TT-ICL: the pairs of the default run stand in the prompt, nothing is trained."""
+    """TT-ICL: the pairs of the free drafts stand in the prompt, nothing is trained."""
     cfg, out = lab.config(seed), lab.rows(seed)
     model, tok = lab.base(cfg)
     for sample, x in lab.prepared(cfg):
@@ -369,7 +371,7 @@ def stream(lab, seed, lr):
 
 
 def dose(lab, seed, shift, flags=""):
-    """The default run on a mixture: this share of the items is shifted, drawn in one and the same
+    """The run with free drafts on a mixture: this share of the items is shifted, drawn in one and the same
     order, the others are not. Samples do not touch each other: rows of two runs can be mixed."""
     lab.embedded_only()
     split, shifted = Path(lab.args.data).stem, lab.run(seed, flags)
