@@ -371,8 +371,9 @@ def stream(lab, seed, lr):
 
 
 def dose(lab, seed, shift, flags=""):
-    """The run with free drafts on a mixture: this share of the items is shifted, drawn in one and the same
-    order, the others are not. Samples do not touch each other: rows of two runs can be mixed."""
+    """The run with free drafts on a mixture: this share of the items is shifted, drawn in one and
+    the same order, the others are not. Samples do not touch each other: rows of two runs can be
+    mixed."""
     lab.embedded_only()
     split, shifted = Path(lab.args.data).stem, lab.run(seed, flags)
     unshifted = lab.file(world.records(split, len(shifted), 0, 0))
