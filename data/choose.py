@@ -162,7 +162,7 @@ def table(skip, limit):
             if i not in rows and not certain(direct[i]):
                 break  # what is certain alone would look like no difference
             pairs.append((direct[i], rows.get(i, direct[i])))
-        if not any(i in rows for i in [*direct][skip:limit]):
+        if not pairs or not any(i in rows for i in [*direct][skip:limit]):
             continue
         change = {k: [r["scores"][k] - d["scores"][k] for d, r in pairs] for k in ("name", "call")}
         told = []
