@@ -1831,7 +1831,7 @@ def test_interrupted_it_ends_with_the_table_so_far(tmp_path):
         time.sleep(0.05)
     while child.is_alive():  # python can lose one, in a destructor
         os.kill(child.pid, signal.SIGINT)
-        child.join(20)
+        child.join(8)
     n, out = len(read(path)), (tmp_path / "out").read_text()
     assert child.exitcode == 130 and "Traceback" not in (tmp_path / "err").read_text()
     assert re.search(TABLE.format(n), out) and n < 100, "no table of what is there"
