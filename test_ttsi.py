@@ -493,6 +493,15 @@ def test_scores_and_greedy_texts_equal_reading_everything_anew_behind_any_prefix
                 assert ends, f"{name} without its terminator cannot lose to one that it begins"
 
 
+def test_many_candidates_are_scored_as_few_are(llama, tok):
+    many = ask("m", "hm", None, *[tool(f"act_{i}", x=STRING) for i in range(19)])
+    x, (_, _, prefix) = begin(llama, tok, many)
+    found = ttsi.score(x, prefix)
+    assert len(found) == 19 and [*found] == [offered["name"] for offered in x.tools]
+    for name in ("act_0", "act_9", "act_18"):
+        assert found[name] == pytest.approx(naive_score(llama, tok, x, name), abs=2e-3), name
+
+
 def test_sampling_follows_the_distribution(llama, tok):
     x, (_, _, prefix) = begin(llama, tok, SAMPLES[1])
     cfg, u = config(max_new_tokens=1), torch.rand(400, 1, generator=ttsi.draw(1))

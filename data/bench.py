@@ -67,11 +67,8 @@ def generate(model, tok, cfg, ids, over, **how):
     """transformers' own -> texts."""
     rows = torch.tensor([ids], device=model.device)
     how = {"do_sample": False, "pad_token_id": tok.eos_token_id or 0} | how
-    how |= {
-        "max_new_tokens": cfg.max_new_tokens,
-        "stopping_criteria": [Ending(tok, len(ids), over)],
-    }
-    out = model.generate(rows, attention_mask=torch.ones_like(rows), **how)
+    how |= {"attention_mask": torch.ones_like(rows), "max_new_tokens": cfg.max_new_tokens}
+    out = model.generate(rows, stopping_criteria=[Ending(tok, len(ids), over)], **how)
     return tok.batch_decode(out[:, len(ids) :], skip_special_tokens=True)
 
 

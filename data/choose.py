@@ -59,13 +59,13 @@ def with_own_tools(pairs):
 
 def remembered(row):
     """ttsi.py drafting what a row's drafts were, as far as they go, for the time of one input."""
-    texts, write = [draft["text"] for draft in row["drafts"]], ttsi.fill
+    texts, ours = [draft["text"] for draft in row["drafts"]], ttsi.fill
 
     def fill(outline, *how):
         given = outline.partition(', "arguments"')[0]  # the tool
         old = next((text for text in texts if text.startswith(given)), None)
         if old is None:
-            return write(outline, *how)
+            return ours(outline, *how)
         texts.remove(old)
         return old
 
@@ -152,17 +152,18 @@ def table(skip, limit):
     """Prints each cell beside the direct answer, over the items from skip to limit, as far as it
     has them."""
     direct, shown = read_rows(DIRECT), []
+    ids = [*direct][skip:limit]
     print(
         "| cell | items | names | calls | difference [95 %] | better, worse | adapted | drafts kept"
         " |\n|---|---|---|---|---|---|---|---|"
     )
     for cell, source in SOURCES.items():
         rows, pairs = read_rows(cell), []
-        for i in [*direct][skip:limit]:
+        for i in ids:
             if i not in rows and not certain(direct[i]):
                 break  # what is certain alone would look like no difference
             pairs.append((direct[i], rows.get(i, direct[i])))
-        if not pairs or not any(i in rows for i in [*direct][skip:limit]):
+        if not pairs or rows.keys().isdisjoint(ids):
             continue
         change = {k: [r["scores"][k] - d["scores"][k] for d, r in pairs] for k in ("name", "call")}
         told = []

@@ -932,11 +932,8 @@ def findings(found):
 # ------------------------------------------------------------------------------------ figures
 COLOURS = ("#1f5fa8", "#c0392b", "#2e8b57", "#8e5ea2")
 WHITE = 'fill="white" font-size="10"'
-AGAIN = (
-    "TT-SI, closest of 4 free drafts",
-    "closest of 4 drafts",
-    "K = 1, of 1 drafts",
-)  # rows of `main`
+# Rows of `main` that stand in other groups, too.
+AGAIN = ("TT-SI, closest of 4 free drafts", "closest of 4 drafts", "K = 1, of 1 drafts")
 
 
 def svg(width, height, body):

@@ -958,6 +958,8 @@ def test_cells_are_made_once_and_compared_with_the_direct_answer(tmp_path, monke
         pairs, drafts = rows["two"][i]["pairs"], rows["two"][i]["drafts"]
         assert all(pair in [draft["pair"] for draft in drafts] for pair in pairs)
         slower = rows["two-lr1e-4"][i]
+        anew, again = (r["cost"]["generate"][1] for r in (rows["two"][i], slower))
+        assert again < anew, "what was drafted is drafted again"
         assert slower["pairs"] == pairs and slower["drafts"] == drafts, "other pairs"
         assert slower["loss"][:1] == pytest.approx(rows["two"][i]["loss"][:1])
         assert len(rows["neighbours"][i]["pairs"]) == 3 and len(rows["itself"][i]["pairs"]) == 1
@@ -1047,6 +1049,25 @@ def test_the_competent_user_scores_and_trains_as_ttsi_does(tok):
     assert len(losses) == 2 * cfg.epochs and losses[0] > losses[cfg.epochs - 1]
     assert losses[0] == pytest.approx(want.item(), rel=1e-3), "another loss"
     assert losses[cfg.epochs] == pytest.approx(losses[0], rel=1e-5), "the adapter was not reset"
+    rival.model.forward = forward
+    rival(sample, [{"request": "one", "call": sample["call"]}], 2)
+    with rival.model.disable_adapter():
+        assert rival.score(x)[1] == pytest.approx(margin, abs=1e-4), "the base has changed"
+
+
+def test_no_pair_is_forced_by_the_last_tool_alone(tok):
+    cfg = ttsi.Config(tau=2.0)
+    model, _ = ttsi.load(cfg.model, cfg)
+    sample = next(iter(ttsi.read_jsonl(HERE / "dev.jsonl", ttsi.to_sample).values()))
+    logp = ttsi.tt_si(model, tok, sample, cfg).logp
+    last = sorted(logp, key=logp.get)[-2]
+    forced = bench.without_pair(model, tok, sample, cfg, last)
+    assert forced.decision == "no pair" and any(draft["pair"] for draft in forced.drafts)
+
+
+def test_the_papers_setting_is_not_overruled_by_that_of_the_tables(lab):
+    assert lab.config(0).drafts == 4 and lab.config(0, "--k 2").k == 2
+    assert (lab.config(0, "--paper").drafts, other(lab, flags="--paper").config(0).k) == (1, 1)
 
 
 def test_ratios_of_the_bench_by_hand():
