@@ -1055,6 +1055,14 @@ def test_the_competent_user_scores_and_trains_as_ttsi_does(tok):
         assert rival.score(x)[1] == pytest.approx(margin, abs=1e-4), "the base has changed"
 
 
+def test_transformers_is_stopped_where_a_call_ends(tok):
+    ids = [
+        tok(text).input_ids for text in ('x{"name": "f", "arguments": {}}', 'x{"name": "f", "ar')
+    ]
+    ending = bench.Ending(tok, 1, bench.called)
+    assert [ending(torch.tensor([row]), None).tolist() for row in ids] == [[True], [False]]
+
+
 def test_no_pair_is_forced_by_the_last_tool_alone(tok):
     cfg = ttsi.Config(tau=2.0)
     model, _ = ttsi.load(cfg.model, cfg)
