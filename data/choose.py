@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from unittest import mock
 
+import torch
 import transformers
 from tqdm import tqdm
 
@@ -48,13 +49,15 @@ def labelled(sample):
 
 
 def with_own_tools(pairs):
-    """ttsi.py with these pairs, unjudged, for the time of one input."""
-    ours = ttsi.pair_span
-
-    def pair_span(x, pair):
-        return ours(ttsi.prepare(x.tok, pair["sample"], x.cfg), pair)
-
-    return mock.patch.multiple(ttsi, generate=lambda *_: ([], pairs), pair_span=pair_span)
+    """ttsi.py with these pairs, unjudged, for the time of one input. They are read one by one:
+    where lists of tools differ in length, so do the places whose logits are needed."""
+    span, logprob = ttsi.pair_span, ttsi.logprob
+    changed = {
+        "generate": lambda *_: ([], pairs),
+        "pair_span": lambda x, pair: span(ttsi.prepare(x.tok, pair["sample"], x.cfg), pair),
+        "logprob": lambda spans, prefix: torch.cat([logprob([one], prefix) for one in spans]),
+    }
+    return mock.patch.multiple(ttsi, **changed)
 
 
 def remembered(row):
@@ -242,6 +245,7 @@ def main(argv=None):
     pool, samples = samples, samples[: args.limit]
     for path in args.pool:
         pool += ttsi.read_jsonl(path, ttsi.to_sample).values()
+    pool = [sample for sample in pool if len(ttsi.dumps(sample["tools"])) < 4000]  # minutes each
     if args.cells:
         model, tok = ttsi.load(args.model, flags_of(args, DIRECT))
         KEPT.mkdir(parents=True, exist_ok=True)

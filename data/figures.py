@@ -1,0 +1,340 @@
+"""Numbers, tables and figures: all that is made of rows alone.
+
+Rows are those of experiments.py: lists of dicts, one list for each seed, item by item.
+"""
+
+import math
+import statistics
+from collections import Counter
+
+import torch
+
+KINDS = ("name", "call")
+
+
+# --------------------------------------------------------------------------------- statistics
+def margin(row):
+    """Its margin; 2 where there is none: such a sample is never adapted."""
+    return 2.0 if row["margin"] is None else row["margin"]
+
+
+def signs(wins, losses):
+    """Two-sided exact sign test: how likely is a split as uneven as this by chance alone?"""
+    n, k = wins + losses, min(wins, losses)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+def auroc(values, right):
+    """The probability that a right one has the higher value; ties count half. None where all are
+    right, or none."""
+    high = torch.tensor([v for v, r in zip(values, right, strict=True) if r])
+    low = torch.tensor(sorted(v for v, r in zip(values, right, strict=True) if not r))
+    if not len(high) or not len(low):
+        return None
+    below = torch.searchsorted(low, high) + torch.searchsorted(low, high, right=True)
+    return below.double().mean().item() / 2 / len(low)  # ties are in the second only
+
+
+def changes(runs, kind):
+    """Rows of several seeds -> {list of tools: [an item's mean change over the seeds, points]}"""
+    out = {}
+    for same in zip(*runs, strict=True):
+        gains = [r["scores"]["answer"][kind] - r["scores"]["direct"][kind] for r in same]
+        out.setdefault(same[0]["tools"], []).append(100 * statistics.mean(gains))
+    return out
+
+
+def resampled(change, resamples=10_000):
+    """Bootstrap by list of tools, whose items are not independent -> (resamples,) means."""
+    lists = [torch.tensor(items).double() for items in change.values()]
+    total = torch.stack([items.sum() for items in lists])
+    count = torch.tensor([len(items) for items in lists])
+    g = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(lists), (resamples, len(lists)), generator=g)
+    return total[drawn].sum(1) / count[drawn].sum(1)
+
+
+def difference_of(change, means):
+    """-> {points, interval: its 2.5 and 97.5 % quantiles}"""
+    low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    points = statistics.mean(c for items in change.values() for c in items)
+    return {"points": points, "interval": [low, high]}
+
+
+def every_tau(rows):
+    """Rows of --tau 2 -> for each tau that matters: n adapted, call accuracy, that of the others.
+    "certain_only" is the accuracy if the others were adapted."""
+    rows = sorted(rows, key=margin)
+    out, adapted = [], 0
+    call = sum(row["scores"]["direct"]["call"] for row in rows)  # tau 0: nobody is adapted
+    others = sum(row["scores"]["answer"]["call"] for row in rows)  # or everybody
+    for i, tau in enumerate([*map(margin, rows), 2.0] if rows else []):
+        if not out or tau > out[-1]["tau"]:
+            accuracy = {"call": 100 * call / len(rows), "certain_only": 100 * others / len(rows)}
+            out.append({"tau": tau, "adapted": adapted} | accuracy)
+        if i < len(rows):
+            change = rows[i]["scores"]["answer"]["call"] - rows[i]["scores"]["direct"]["call"]
+            call, others = call + change, others - change
+            adapted += rows[i]["decision"] == "adapted"
+    return out
+
+
+def in_common(runs):
+    """Rows of several seeds -> those of the items that all of them have."""
+    ids = set.intersection(*({row["id"] for row in rows} for rows in runs))
+    return [[row for row in rows if row["id"] in ids] for rows in runs]
+
+
+def pooled(runs):
+    """Rows of several seeds, item by item -> the numbers of one line: means over seeds, and
+    intervals over items of these means."""
+    every = [row for rows in runs for row in rows]
+    told = [row for row in every if row["margin"] is not None]
+    answered = [row for row in every if row["cost"]]
+    out = {"seeds": len(runs), "n": len(runs[0])}
+    for side in ("direct", "answer"):
+        rates = {}
+        for kind in KINDS:
+            rates[kind] = 100 * statistics.mean(row["scores"][side][kind] for row in every)
+        out[side] = rates
+    for kind in KINDS:
+        change = changes(runs, kind)
+        out[f"{kind} difference"] = difference_of(change, resampled(change))
+    gains = [c for items in change.values() for c in items]  # of calls
+    out["better"], out["worse"] = sum(c > 0 for c in gains), sum(c < 0 for c in gains)
+    out["p"] = signs(out["better"], out["worse"])
+    by_seed = [
+        statistics.mean(c for items in changes([r], "call").values() for c in items) for r in runs
+    ]
+    out["sd"] = statistics.stdev(by_seed) if len(runs) > 1 else None
+    out["adapted"] = sum(row["decision"] == "adapted" for row in every) / len(runs)
+    out["always first"] = 100 * statistics.mean(row["scores"]["first"] for row in every)
+    for unit, name in enumerate(("seconds", "tokens")):
+        spent_on = [cost_of(row, unit) for row in answered]
+        out[name] = statistics.mean(spent_on)
+        out[f"{name} ratio"] = sum(spent_on) / sum(row["cost"]["direct"][unit] for row in answered)
+    verdicts = Counter(draft["verdict"] for row in every for draft in row["drafts"])
+    out["drafts kept"] = [verdicts["kept"], verdicts.total()]
+    margins, right = [row["margin"] for row in told], [row["scores"]["direct"] for row in told]
+    out["auroc"] = {kind: auroc(margins, [r[kind] for r in right]) for kind in KINDS}
+    once = [rows[0]["once"] for rows in runs if "once" in rows[0]]
+    if once:
+        out["once"] = {key: statistics.mean(o[key] for o in once) for key in once[0]}
+    return out
+
+
+def cost_of(row, unit):
+    """What a method does for a row, in seconds (0) or tokens (1)."""
+    return sum(value[unit] for stage, value in row["cost"].items() if stage != "direct")
+
+
+def mean_of(places):
+    """Rows of several seeds for each place -> the numbers of the mean over places, as the paper
+    has it: each weighs the same."""
+    found, out = [pooled(runs) for runs in places], {"n": sum(len(runs[0]) for runs in places)}
+    for side in ("direct", "answer"):
+        out[side] = {kind: statistics.mean(r[side][kind] for r in found) for kind in KINDS}
+    for kind in KINDS:
+        means = torch.stack([resampled(changes(runs, kind)) for runs in places]).mean(0)
+        points = statistics.mean(r[f"{kind} difference"]["points"] for r in found)
+        low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+        out[f"{kind} difference"] = {"points": points, "interval": [low, high]}
+    for key in ("better", "worse", "adapted"):
+        out[key] = sum(r[key] for r in found)
+    for key in ("seconds ratio", "tokens ratio"):
+        out[key] = statistics.mean(r[key] for r in found)
+    return out
+
+
+# ------------------------------------------------------------------------------------- tables
+def difference(r, kind="call"):
+    """A difference and its interval, as text."""
+    low, high = r[f"{kind} difference"]["interval"]
+    return f"{r[f'{kind} difference']['points']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+HEAD = ("", "by", "names", "calls", "names, difference [95 %]", "calls, difference [95 %]")
+HEAD += (
+    "better / worse",
+    "p",
+    "s.d.",
+    "adapted",
+    "drafts kept",
+    "seconds",
+    "tokens",
+    "labels, once",
+)
+
+
+def markdown(found):
+    """{label: {place: numbers}} -> a table."""
+    several = any(len(places) > 1 for places in found.values())
+    text = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    for label, places in found.items():
+        for place, r in places.items():
+            cells = [f"{label}, {place}" if several else label, r.get("by", "")]
+            cells += [f"{r['direct'][k]:.1f} -> {r['answer'][k]:.1f}" for k in KINDS]
+            cells += [difference(r, kind) for kind in KINDS]
+            cells.append(f"{r['better']} / {r['worse']}")
+            cells.append("" if "p" not in r else "< 0.001" if r["p"] < 0.001 else f"{r['p']:.3f}")
+            cells.append(f"{r['sd']:.1f}" if r.get("sd") is not None else "")
+            cells.append(f"{r['adapted']:.0f}/{r['n']}")
+            kept_drafts, drafts = r.get("drafts kept", (0, 0))
+            cells.append(f"{100 * kept_drafts / drafts:.0f} %" if drafts else "")
+            cells += [f"{r['seconds ratio']:.1f}x", f"{r['tokens ratio']:.1f}x"]
+            once = r.get("once")
+            cells.append(
+                "" if not once else f"{once['labels']:,.0f}, {once['tokens'] / 1e6:.2f} M tokens"
+            )
+            text.append("| " + " | ".join(cells) + " |")
+    first = {
+        place: r["always first"]
+        for places in found.values()
+        for place, r in places.items()
+        if "always first" in r
+    }
+    text.append("")
+    text += [
+        f"Always the first tool listed, {place}: {v:.1f} % of the names."
+        for place, v in first.items()
+    ]
+    return "\n".join(text) + "\n"
+
+
+def uncertainties(found):
+    """The same for the uncertainties."""
+    head = ["", "by", "AUROC, right names", "AUROC, right calls"]
+    head += ["calls, the least certain 60 % adapted", "difference [95 %]"]
+    text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for label, places in found.items():
+        for r in places.values():
+            areas = [f"{v:.2f}" if v is not None else "" for v in r["auroc"].values()]
+            cells = [label, r["by"], *areas, f"{r['answer']['call']:.1f}", difference(r)]
+            text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+# ------------------------------------------------------------------------------------ figures
+BLUE, RED, GREY = "#1f5fa8", "#c0392b", "#777"
+
+
+def svg(width, height, body):
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+    font = 'font-family="sans-serif" font-size="13">'
+    ground = f'<rect width="{width}" height="{height}" fill="white"/>'
+    return "\n".join([f"{head} {font}", ground, *body, "</svg>"]) + "\n"
+
+
+def text_at(x, y, words, anchor="start", more=""):
+    words = words.replace("&", "&amp;").replace("<", "&lt;")
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{words}</text>'
+
+
+class Axes:
+    """A frame with ticks. x, y: {position: label}, in order; what lies between is interpolated."""
+
+    def __init__(self, left, top, width, height, x, y, x_name, y_name):
+        self.box, self.body = (left, top, width, height), []
+        self.span = [(min(t), max(t)) for t in (x, y)]
+        (x0, x1), (y0, y1) = self.span
+        for v, label in x.items():
+            px, _ = self.at(v, 0)
+            self.body.append(self.line([(v, y0), (v, y1)], "#ddd", 1))
+            self.body.append(text_at(px, top + height + 18, label, "middle"))
+        for v, label in y.items():
+            _, py = self.at(0, v)
+            self.body.append(self.line([(x0, v), (x1, v)], "#ddd", 1))
+            self.body.append(text_at(left - 6, py + 4, label, "end"))
+        self.body.append(text_at(left + width / 2, top + height + 38, x_name, "middle"))
+        self.body.append(text_at(left, top - 8, y_name))
+
+    def at(self, x, y):
+        (left, top, width, height), ((x0, x1), (y0, y1)) = self.box, self.span
+        return left + width * (x - x0) / (x1 - x0), top + height * (y1 - y) / (y1 - y0)
+
+    def line(self, points, colour, width=2):
+        path = " ".join("{:.1f},{:.1f}".format(*self.at(*p)) for p in points)
+        return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
+
+    def dot(self, x, y, ends, colour):
+        """A point, and its interval as a line between two ends."""
+        px, py = self.at(x, y)
+        self.body.append(self.line(ends, colour))
+        self.body.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4.5" fill="{colour}"/>')
+
+
+def forest(lines):
+    """[(label, numbers), or (heading, None)] -> differences of call accuracy with their intervals,
+    one below the other, and what each costs."""
+    told = [r["call difference"] for _, r in lines if r]
+    low = 10 * math.floor(min(d["interval"][0] for d in told) / 10)
+    high = 10 * math.ceil(max(d["interval"][1] for d in told) / 10)
+    row, left, width = 24, 330, 330
+    height = row * len(lines)
+    x = {v: f"{v:+d}" if v else "0" for v in range(low, high + 1, 10)}
+    name = "call accuracy: points over direct answers, 95 % interval"
+    a = Axes(left, 40, width, height, x, {0: "", len(lines): ""}, name, "")
+    a.body.append(a.line([(0, 0), (0, len(lines))], GREY, 1))
+    a.body.append(text_at(left + width + 150, 26, "points", "end"))
+    a.body.append(text_at(left + width + 220, 26, "tokens", "end"))
+    for i, (label, r) in enumerate(lines):
+        y = 40 + row * (i + 0.5) + 4
+        if not r:
+            a.body.append(text_at(10, y, label, "start", 'font-weight="bold"'))
+            continue
+        points, ends = r["call difference"]["points"], r["call difference"]["interval"]
+        at = len(lines) - i - 0.5
+        colour = BLUE if ends[0] > 0 else RED if ends[1] < 0 else GREY
+        a.dot(points, at, [(end, at) for end in ends], colour)
+        a.body.append(text_at(24, y, label))
+        a.body.append(text_at(left + width + 150, y, difference(r), "end"))
+        a.body.append(text_at(left + width + 220, y, f"{r['tokens ratio']:.1f}x", "end"))
+    return svg(left + width + 240, height + 90, a.body)
+
+
+def tau_figure(runs):
+    """`every_tau` of each seed -> accuracy and number adapted over tau, on the scale of
+    -log10(1 - tau)."""
+
+    def curve(key):
+        points = []
+        for tau in [1 - 10 ** (-i / 20) for i in range(81)]:
+            at = [next(e[key] for e in run if e["tau"] >= tau) for run in runs]
+            points.append((-math.log10(1 - tau), statistics.mean(at)))
+        return points
+
+    curves = {"call": ("adapted below tau (the method)", BLUE)}
+    curves["certain_only"] = ("adapted from tau on (the control)", RED)
+    accuracy = [y for key in curves for _, y in curve(key)]
+    low, high = 5 * math.floor(min(accuracy) / 5), 5 * math.ceil(max(accuracy) / 5)
+    x = {0: "0", math.log10(2): "0.5", 1: "0.9", math.log10(20): "0.95"}
+    x |= {2: "0.99", 3: "0.999", 4: "0.9999"}
+    y = {v: str(v) for v in range(low, high + 1, 5)}
+    top = Axes(60, 70, 500, 200, x, y, "", "call accuracy, %")
+    most = max(e["adapted"] for run in runs for e in run)
+    y = {v: str(v) for v in range(0, most + 50, 50)}
+    below = Axes(60, 330, 500, 120, x, y, "tau", "samples adapted")
+    for i, (key, (label, colour)) in enumerate(curves.items()):
+        top.body.append(top.line(curve(key), colour))
+        top.body.append(text_at(60, 20 + 20 * i, label, "start", f'fill="{colour}"'))
+    below.body.append(below.line(curve("adapted"), BLUE))
+    return svg(590, 510, top.body + below.body)
+
+
+def dose_figure(rows):
+    """{share: numbers} -> accuracy over the share of items that are shifted."""
+    low = 10 * math.floor(min(r["direct"]["call"] for r in rows.values()) / 10)
+    x, y = {share: f"{share} %" for share in rows}, {v: str(v) for v in range(low, 101, 10)}
+    y_name = "call accuracy, %; bars: 95 % interval of the difference"
+    a = Axes(60, 30, 400, 220, x, y, "share of shifted items", y_name)
+    for i, (side, name, colour) in enumerate(
+        (("direct", "direct", RED), ("answer", "TT-SI", BLUE))
+    ):
+        a.body.append(a.line([(share, r[side]["call"]) for share, r in rows.items()], colour))
+        a.body.append(text_at(70, 220 + 18 * i, name, "start", f'fill="{colour}"'))
+        for share, r in rows.items():
+            call, direct = r[side]["call"], r["direct"]["call"]
+            ends = [direct + v for v in r["call difference"]["interval"]]
+            bar = [(share, v) for v in (ends if side == "answer" else [call])]
+            a.dot(share, call, bar, colour)
+    return svg(480, 300, a.body)
