@@ -750,7 +750,7 @@ def runs_of(args, group):
             try:
                 runs = [rows_of(rows, labs, names, seed) for seed in range(args.seeds or seeds)]
             except Skip as e:
-                print(f"{label}, {place}: left out: {e}", flush=True)
+                print(f"{label}, {place}: left out: {e}", file=sys.stderr)
                 continue
             found[place] = figures.in_common(runs)
         if found:
@@ -833,7 +833,7 @@ def expanded(group):
     return [g for g in GROUPS if g.startswith("real")] if group == "real" else [group]
 
 
-def drawn(group, found, args):
+def drawn(group, found):
     """The numbers of a group -> {name: figure}, for a group that has some."""
     place = next(iter(GROUPS[group][0]))
     rows = {label: places[place] for label, places in found.items() if place in places}
@@ -855,21 +855,27 @@ def rows_told(rows):
     return f"{r['n']} items" + (f", {r['seeds']} seeds" if r["seeds"] > 1 else "")
 
 
+def made_of_rows(args, group):
+    """-> ({name: table}, {name: figure}) of a group."""
+    runs, (_, show) = runs_of(args, group), SHOW.get(group, (None, figures.markdown))
+    found = numbers(group, runs)
+    tables = {group: show(found) if found else "No rows yet.\n"}
+    if group == "real":
+        several = {label: (by, several_tools(places)) for label, (by, places) in runs.items()}
+        tables["real several"] = show(numbers(group, several)) if found else tables[group]
+    return tables, drawn(group, found)
+
+
 def main(argv=None):
     args = parse_arguments(argv)
     transformers.logging.set_verbosity_error()
     for group in args.groups:
-        runs, (_, show) = runs_of(args, group), SHOW.get(group, (None, figures.markdown))
-        found = numbers(group, runs)
-        tables = {group: show(found)}
-        if group.startswith("real"):
-            several = {label: (by, several_tools(places)) for label, (by, places) in runs.items()}
-            tables[f"{group} several"] = show(numbers(group, several))
+        tables, drawings = made_of_rows(args, group)
         for name, text in tables.items():
             print(f"\n{name}\n\n{text}", flush=True)
             if args.public:
                 publish(name, text)
-        for name, text in drawn(group, found, args).items() if args.public else ():
+        for name, text in drawings.items() if args.public else ():
             (HERE / "results" / name).write_text(text, encoding="utf-8")
 
 

@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import copy
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +28,7 @@ import checks  # noqa: E402
 import choose  # noqa: E402
 import convert  # noqa: E402
 import experiments  # noqa: E402
+import figures  # noqa: E402
 import smollm2  # noqa: E402
 import world  # noqa: E402
 
@@ -156,21 +155,32 @@ TOLD = ("decision", "answer", "direct", "scores", "drafts", "pairs", "loss", "ma
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """The embedded model on six samples of the demo; runs are shared by the tests."""
-    args = {"model": ttsi.Config.model, "data": str(HERE / "demo.jsonl"), "limit": 6}
-    args |= {"flags": "", "quick": True, "teacher": str(HERE / "teacher")}
-    lab = experiments.Lab(argparse.Namespace(**args))
-    lab.runs, threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
+    """The embedded model on six samples of the demo; rows are shared by the tests."""
+    args = experiments.parse_arguments(["--rows", str(tmp_path_factory.mktemp("rows"))])
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # products are small; on a busy machine two threads take much longer
-    yield lab
+    yield experiments.Lab(args, HERE / "demo.jsonl", 6)
     torch.set_num_threads(threads)
 
 
 def other(lab, **changes):
-    """The same lab with other arguments."""
-    changed = copy.copy(lab)
-    changed.args = argparse.Namespace(**vars(lab.args) | changes)
+    """The same lab with other arguments, and none of its rows."""
+    args = argparse.Namespace(**vars(lab.args) | changes)
+    changed = experiments.Lab(args, lab.data, lab.limit)
+    changed.base, changed.samples = lab.base, lab.samples
     return changed
+
+
+def prepared(lab):
+    samples = [*lab.samples.values()][: lab.limit]
+    return [ttsi.prepare(lab.base[1], sample, lab.config(0)) for sample in samples]
+
+
+def flag_of(item):
+    key, value = item
+    if isinstance(value, bool):
+        return f"--{key}" if value else f"--no-{key}"
+    return f"--{key.replace('_', '-')} {value}"
 
 
 def tokens(row):
@@ -207,22 +217,11 @@ DRAWN = {  # five sampled answers: who wins the vote, is any right
 }
 
 
-def icl(lab):
-    return other(lab, flags="--tau 2 --k 2 --drafts 2 --max-new-tokens 60")
-
-
-def naive_ids(tok, x, pairs):
-    turns = [("system", experiments.system_text(x))]
-    for pair in pairs:
-        turns += [("user", pair["request"]), ("assistant", json.dumps(pair["call"]))]
-    turns = [{"role": role, "content": text} for role, text in [*turns, ("user", x.request)]]
+def naive_ids(tok, x, request):
+    system = ttsi.SYSTEM + "\n".join(ttsi.dumps(tool) for tool in x.tools)
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": request}]
     how = {"add_generation_prompt": True, "return_dict": True}
     return tok.apply_chat_template(turns, **how).input_ids
-
-
-NO_SYSTEM = "{% for m in messages %}{{ raise_exception('no') if m.role == 'system' else '' }}"
-NO_SYSTEM += "<{{ m.role }}>{{ m.content }}{% endfor %}"
-ROLES = {"no system role": (NO_SYSTEM, "<user>{}\n\nr1<assistant>{}<user>r"), "none": (None, "")}
 
 
 def scored(*calls, decision="adapted"):
@@ -233,23 +232,16 @@ def scored(*calls, decision="adapted"):
         scores = {"direct": right[0], "answer": right[1], "first": i == 0}
         cost = {"answer": [2.0, 30], "direct": [1.0, 10]}
         row = {"id": str(i), "margin": i / 9, "logp": {"f": 0.0, "g": 0.0}, "drafts": []}
+        row["tools"] = str(i)
         rows.append(row | {"decision": decision, "scores": scores, "cost": cost})
     return rows
 
 
-READMES = (HERE.parent / "README.md", HERE / "README.md")
-BLOCK = re.compile(r"<!-- table (\S+) (\S+) -->\n(.*?)<!-- end -->", re.S)
-
-
-def blocks():
-    found = [block for readme in READMES for block in BLOCK.findall(readme.read_text())]
-    return {(stem, group): text for stem, group, text in found}
-
-
-def published():
-    for file in sorted((HERE / "results").glob("*.json")):
-        for label, r in json.loads(file.read_text()).items():
-            yield f"{file.name}: {label}", r
+RESULTS = HERE / "results" / "README.md"
+KEPT_ROWS = [
+    path.with_suffix("") for path in sorted((HERE / "results" / "rows").glob("*/*-0-*.jsonl.gz"))
+]
+POOL = "seal-tools/canonical_dev_200.jsonl"
 
 
 # -------------------------------------------------------------------------------- the world
@@ -474,7 +466,7 @@ def test_checks_refuse_few_right_pairs_and_hardly_a_spoiled_one_is_kept(name, mo
 
 # -------------------------------------------------------------------------- the experiments
 def test_gating_afterwards_equals_a_gated_run(lab):
-    both, run = lab.run(0, "--tau 2"), lab.run(0)
+    both, run = experiments.tt_si(lab, 0, "--tau 2"), experiments.tt_si(lab, 0)
     assert {r["decision"] for r in run} == {"certain", "adapted"}, "choose other samples"
     for a, b in zip(experiments.uncertain(both), run, strict=True):
         for key in TOLD:
@@ -483,7 +475,7 @@ def test_gating_afterwards_equals_a_gated_run(lab):
 
 
 def test_the_certain_are_the_complement_of_the_uncertain(lab):
-    both = lab.run(0, "--tau 2")
+    both = experiments.tt_si(lab, 0, "--tau 2")
     low, high = experiments.uncertain(both), experiments.certain(both)
     for row, a, b in zip(both, low, high, strict=True):
         adapted, not_adapted = (a, b) if row["margin"] < 0.95 else (b, a)
@@ -494,10 +486,10 @@ def test_the_certain_are_the_complement_of_the_uncertain(lab):
 
 
 def test_every_tau_equals_gated_runs_and_their_complements(lab):
-    both, wrong = lab.run(0, "--tau 2"), {"name": False, "call": False}
-    both[1] |= {"margin": None, "cost": {}, "decision": "not answered: beyond the context"}
+    both, wrong = experiments.tt_si(lab, 0, "--tau 2"), {"name": False, "call": False}
+    both[1] = both[1] | {"margin": None, "cost": {}, "decision": "not answered: too long"}
     both[1]["scores"] = {"direct": wrong, "answer": wrong, "first": False}
-    listed = experiments.every_tau(both)
+    listed = figures.every_tau(both)
     for tau in (0.0, 0.3, 0.7, 0.95, 0.999, 1.5):
         e = next(e for e in listed if e["tau"] >= tau)
         below, above = (f(both, tau) for f in (experiments.uncertain, experiments.certain))
@@ -506,41 +498,41 @@ def test_every_tau_equals_gated_runs_and_their_complements(lab):
         assert e["adapted"] == n, f"tau {tau}: another number is adapted"
         assert e["call"] == pytest.approx(right[0]), f"tau {tau}: another accuracy"
         assert e["certain_only"] == pytest.approx(right[1]), f"tau {tau}: another control"
-    assert experiments.every_tau([]) == [], "without rows there is no tau"
+    assert figures.every_tau([]) == [], "without rows there is no tau"
     assert listed[-1]["adapted"] >= 4, "choose other samples"
 
 
 def test_votes_and_pass_at_n_by_hand(lab, monkeypatch):
-    drawn = {i: {"texts": texts, "cost": [2.0, 30]} for i, (texts, _, _) in DRAWN.items()}
+    label, drawn = {"call": {"name": "f", "arguments": {"a": 12}}}, []
+    for i, (texts, _, _) in DRAWN.items():
+        grades = [ttsi.grade(text, label) for text in texts]
+        drawn.append({"id": i, "texts": texts, "grades": grades, "votes": [2.0, 30]})
     monkeypatch.setattr(experiments, "sampled", lambda *_: drawn)
-    label = {"call": {"name": "f", "arguments": {"a": 12}}}
-    samples = [s | label for s in lab.samples(lab.config(0))]
-    monkeypatch.setattr(lab, "samples", lambda cfg: samples)
-    votes, best = experiments.majority(lab, 0, 1.0), experiments.any_of(lab, 0, 1.0)
-    for row, chosen, (_, winner, right) in zip(votes, best, DRAWN.values(), strict=False):
+    votes, best = (f(lab, 0, 5, 1.0) for f in (experiments.majority, experiments.any_of))
+    assert len(votes) == len(best) == len(DRAWN), "another number of rows"
+    for row, chosen, (_, winner, right) in zip(votes, best, DRAWN.values(), strict=True):
         assert row["answer"] == winner, f"{row['id']}: another answer wins the vote"
         assert row["scores"]["answer"]["call"] == (winner == F12), f"{row['id']}: graded wrong"
         assert chosen["scores"]["answer"]["call"] == right, f"{row['id']}: pass@5 is wrong"
         assert row["cost"]["answer"] == [2.0, 30], f"{row['id']}: the votes cost otherwise"
-    assert votes[4:] == lab.run(0, "--tau 0")[4:], "a sample without votes changed"
     texts = experiments.distinct([F12, G12, F12_AS_TEXT, "x", "x"])
     assert texts == [F12, G12, "x"], "one text of each call, in order"
 
 
 def test_sampled_answers_become_the_direct_one_without_temperature(lab):
-    drawn, direct = experiments.sampled(lab, 0, 1e-4), lab.run(0, "--tau 0")
-    for row in direct:
-        texts = drawn[row["id"]]["texts"]
-        assert texts == [row["direct"]] * 5, f"{row['id']}: a sampled answer differs"
+    drawn = experiments.sampled(lab, 0, "--temperature 1e-4", 5)
+    for vote, row in zip(drawn, experiments.tt_si(lab, 0, "--tau 2"), strict=True):
+        assert vote["texts"] == [row["direct"]] * 5, f"{row['id']}: a sampled answer differs"
+        assert vote["grades"] == [row["scores"]["direct"]] * 5, f"{row['id']}: graded otherwise"
 
 
 def test_certainties_by_answers_are_those_of_whole_texts(lab):
     """1 / perplexity of the direct answer, and the margin of the distinct calls."""
-    model, tok = lab.base(lab.config(0))
-    drawn, rows = experiments.sampled(lab, 0, 1.5), lab.rows(0, "--tau 0")
-    found, several = experiments.by_answer(lab, 0, 1.5), 0
-    for _, x in lab.prepared(lab.config(0)):
-        texts = experiments.distinct([rows[x.id]["direct"], *drawn[x.id]["texts"]])
+    (model, tok), how, several = lab.base, ("--temperature 1.5", 5), 0
+    drawn = experiments.sampled(lab, 0, *how)
+    rows, found = experiments.tt_si(lab, 0, "--tau 2"), experiments.certainties(lab, 0, *how)
+    for x, row, vote, told in zip(prepared(lab), rows, drawn, found, strict=True):
+        texts = experiments.distinct([row["direct"], *vote["texts"]])
         new = [tok(t + tok.eos_token, add_special_tokens=False).input_ids for t in texts]
         total = []
         for ids in new:
@@ -548,73 +540,72 @@ def test_certainties_by_answers_are_those_of_whole_texts(lab):
             total.append(sum(logp[len(x.ids) + i - 1, t].item() for i, t in enumerate(ids)))
         p = sorted((math.exp(t) / sum(map(math.exp, total)) for t in total), reverse=True)
         want = [math.exp(total[0] / len(new[0])), p[0] - sum(p[1:2])]
-        assert found[x.id] == pytest.approx(want, rel=1e-3), f"{x.id}: other certainties"
+        assert [told["answer"], told["calls"]] == pytest.approx(want, rel=1e-3), f"{x.id}: others"
         several += len(texts) > 1
     assert several, "choose other samples"
 
 
 def test_mean_normalised_margins_by_hand(lab):
     """Here each name is a verb, an object and a closing quote: three tokens."""
-    found, rows = experiments.mean_normalised(lab, 0), lab.run(0, "--tau 2")
-    for row in rows:
+    how = (experiments.certainties, "--temperature 1.5", 5)
+    judged, rows = experiments.judged(lab, 0, "mean", *how), experiments.tt_si(lab, 0, "--tau 2")
+    for after, row in zip(judged, rows, strict=True):
         odds = sorted((math.exp(logp / 3) for logp in row["logp"].values()), reverse=True)
         margin = (odds[0] - odds[1]) / sum(odds)
-        assert found[row["id"]] == [pytest.approx(margin)], f"{row['id']}: another mean"
-    judged = experiments.judged(lab, 0, 0, experiments.mean_normalised)
-    for row, before in zip(judged, rows, strict=True):
-        margin = found[row["id"]][0]
-        assert row == before | {"margin": margin}, f"{row['id']}: more than the margin changed"
+        assert after["margin"] == pytest.approx(margin, abs=1e-3), f"{row['id']}: another mean"
+        assert after | {"margin": 0} == row | {"margin": 0}, f"{row['id']}: more has changed"
 
 
 @slow
 def test_one_adapter_for_all_starts_as_the_base_and_learns(lab):
-    model, _ = lab.base(lab.config(0))
-    untouched, direct = digest(model), lab.run(0, "--tau 0")
-    whole = other(lab, quick=False)
-    still, trained = (experiments.fine_tuned(whole, 0, True, 4, lr) for lr in (0.0, 1e-2))
-    answers = [[r["answer"] for r in rows] for rows in (direct, still, trained)]
-    assert answers[0] == answers[1], "a LoRA that learned nothing answers otherwise"
-    assert answers[0] != answers[2], "nothing was learned"
+    untouched, direct = digest(lab.base[0]), experiments.tt_si(lab, 0, "--tau 2")
+    still, trained = (experiments.sft(lab, 0, "", "shifted", 4, lr) for lr in (0.0, 1e-2))
+    answers = [[r["answer"] for r in rows] for rows in (still, trained)]
+    assert answers[0] == [r["direct"] for r in direct], "what learned nothing answers otherwise"
+    assert answers[0] != answers[1], "nothing was learned"
     once = trained[0]["once"]
     assert once["labels"] == 4 and once["tokens"] > 10 * 2 * 4 * 100, "ten epochs, two passes"
-    assert digest(model) == untouched, "the base weights were written"
+    assert digest(lab.base[0]) == untouched, "the base weights were written"
 
 
-def test_a_kept_adapter_begins_as_the_temporary_one(lab):
-    kept, fresh = experiments.stream(lab, 0, 6e-4), lab.run(0, "--tau 2 --lr 6e-4")
-    at = next(i for i, r in enumerate(fresh) if r["margin"] < 0.95 and r["pairs"])
-    for a, b in zip(kept[:at], fresh, strict=False):
-        assert a["answer"] == b["direct"], f"{a['id']}: nothing was learned before"
-    assert kept[at]["answer"] == fresh[at]["answer"], "the first LoRA is not the temporary one"
-    assert kept[at]["decision"] == "adapted", "the first uncertain sample is not trained on"
-    moved = [abs(a["margin now"] - b["margin"]) for a, b in zip(kept, fresh, strict=True)]
-    assert max(moved[: at + 1]) < 1e-4 < max(moved[at + 1 :]), "what was learned is gone"
-    still = [r["answer"] for r in experiments.stream(lab, 0, 0.0)]
-    assert still == [r["direct"] for r in fresh], "a rate of 0 changes answers"
+@slow
+def test_a_step_of_fine_tuning_is_that_of_the_mean_loss(lab, monkeypatch):
+    """Samples are read one by one; the gradient is that of all in one padded batch."""
+    seen, grad, items = [], torch.autograd.grad, experiments.labelled(lab, "shifted", 3)
+    cfg, (model, tok) = lab.config(0, "--adapt full"), lab.base
+    monkeypatch.setattr(torch.autograd, "grad", lambda *how: seen.append(grad(*how)) or seen[-1])
+    experiments.fine_tuned.__wrapped__(lab, 0, "shifted", 3, 0.0)
+    with ttsi.temporary_lora(model, cfg, ttsi.draw(0, "sft", "adapter")) as lora:
+        spans = [experiments.label_span(tok, item, cfg) for item in items]
+        lengths = torch.tensor([len(ids) - begin for ids, begin in spans])
+        loss = -(ttsi.logprob(spans, ttsi.Prefix(model, [])) / lengths).mean()
+        for p, *parts in zip(grad(loss, lora), *seen[:3], strict=True):
+            assert torch.allclose(p, sum(parts), atol=1e-6), "another gradient"
 
 
 @slow
 def test_round_trips_part_the_drafts(lab):
-    model, tok = lab.base(lab.config(0))
-    samples = {s["id"]: s for s in lab.samples(lab.config(0))}
-    alike, otherwise = (experiments.round_trip(lab, 0, agree) for agree in (True, False))
-    assert any(r["pairs"] for r in alike), "choose other samples"
-    for row, *parts in zip(lab.run(0), alike, otherwise, strict=True):
-        passed = [d["pair"] for d in row["drafts"] if d["pair"]]
-        halves = [[d["pair"] for d in part["drafts"]] for part in parts]
-        both = sorted(map(json.dumps, halves[0] + halves[1]))
-        assert both == sorted(map(json.dumps, passed)), f"{row['id']}: a draft in both or none"
-        for agree, half in zip((True, False), halves, strict=True):
-            for pair in half:
+    (model, tok), cfg, found = lab.base, lab.config(0), []
+    for x, row in zip(prepared(lab), experiments.tt_si(lab, 0, "--tau 2"), strict=True):
+        halves = []
+        for agree in (True, False):
+            half, _ = experiments.answered_alike(lab, cfg, row, x, agree)
+            halves.append([{k: pair[k] for k in ("request", "call")} for pair in half])
+            for pair in halves[-1]:
                 question = [{"role": "user", "content": pair["request"]}]
-                sample = samples[row["id"]] | {"messages": question}
+                sample = lab.samples[x.id] | {"messages": question}
                 result = ttsi.tt_si(model, tok, sample, ttsi.Config(tau=0.0))
                 answered = ttsi.parse(result.answer)[0] == pair["call"]
                 assert answered == agree, f"{row['id']}: {pair} is in the wrong half"
+        passed = [d["pair"] for d in row["drafts"] if d["pair"]]
+        both = sorted(map(json.dumps, halves[0] + halves[1]))
+        assert both == sorted(map(json.dumps, passed)), f"{row['id']}: a draft in both or none"
+        found.append(halves)
+    assert any(alike for alike, _ in found), "choose other samples"
 
 
 def test_a_random_subset_is_as_large_as_the_uncertain(lab):
-    n = sum(r["margin"] < 0.95 for r in lab.run(0, "--tau 2"))
+    n = sum(r["margin"] < 0.95 for r in experiments.tt_si(lab, 0, "--tau 2"))
     chosen = sum("generate" in r["cost"] for r in experiments.a_random_subset(lab, 0))
     assert 0 < chosen == n < 6, f"{chosen} are adapted, {n} are uncertain"
 
@@ -623,26 +614,51 @@ def test_tau_by_budget_is_a_quantile_of_other_margins(lab, tmp_path, monkeypatch
     lines = (HERE / "dev.jsonl").read_text().splitlines(keepends=True)[:12]
     (tmp_path / "dev.jsonl").write_text("".join(lines))
     monkeypatch.setattr(experiments, "HERE", tmp_path)
-    dev = lab.path(0, f"--tau 0 --limit 0 --data {tmp_path / 'dev.jsonl'}")
-    margins = sorted(r["margin"] for r in read(dev))
+    dev = experiments.tt_si(experiments.Lab(lab.args, tmp_path / "dev.jsonl"), 0, "--tau 0")
+    margins = sorted(r["margin"] for r in dev)
     assert len(margins) == 12, "other samples were scored"
     for share in (0, 1 / 3, 3 / 4):
         tau = margins[int(12 * share)]
-        below = [r["margin"] < tau for r in lab.run(0, "--tau 2")]
+        below = [r["margin"] < tau for r in experiments.tt_si(lab, 0, "--tau 2")]
         rows = experiments.within_budget(lab, 0, share)
         chosen = ["generate" in r["cost"] for r in rows]
         assert chosen == below, f"share {share}: others are adapted"
 
 
-def test_the_upper_bound_is_trained_on_its_own_label(lab):
-    rows, fault = experiments.the_item_itself(lab, 0), ttsi.fault
-    samples = {s["id"]: s for s in lab.samples(lab.config(0))}
-    for row in rows:
-        sample = samples[row["id"]]
-        request = sample["messages"][0]["content"]
-        own = [{"request": request, "call": sample["call"]}]
-        assert row["pairs"] == own, f"{row['id']}: trained on something else"
-    assert fault.__module__ == "ttsi", "a patch outlived its run"
+def test_given_pairs_are_trained_on_whoever_they_are_of(lab, monkeypatch):
+    """The upper bound on its own label, the control on the next item's pairs, with its tools."""
+    given, ours = [], ttsi.tt_si
+    rows, samples = experiments.tt_si(lab, 0, "--tau 2"), [*lab.samples.values()]
+
+    def seen(*how):
+        given.append(ours(*how).pairs)
+        return ours(*how)
+
+    monkeypatch.setattr(ttsi, "tt_si", seen)
+    for source in ("itself", "another's"):
+        given.clear()
+        out = experiments.on_pairs(lab, 0, "--tau 2 --epochs 1", source)
+        for i, (pairs, row) in enumerate(zip(given, out, strict=True)):
+            after = (i + 1) % 6
+            whose = samples[i if source == "itself" else after]
+            request = whose["messages"][0]["content"]
+            own = [{"request": request, "call": whose["call"], "sample": whose}]
+            other_pairs = [pair | {"sample": whose} for pair in rows[after]["pairs"]]
+            want = own if source == "itself" else other_pairs
+            assert pairs == want, f"{row['id']}: trained on something else"
+            assert not row["pairs"], "a label is kept"
+    generate = rows[1]["cost"]["generate"]
+    assert out[0]["cost"]["generate"] == generate, "writing them has another cost"
+
+
+def test_given_pairs_train_as_written_ones(lab):
+    """Its own pairs, read one by one: the answers of the run that wrote them."""
+    rows = experiments.tt_si(lab, 0, "--tau 2")
+    for a, b in zip(experiments.on_pairs(lab, 0, "--tau 2", "its own"), rows, strict=True):
+        assert a["answer"] == b["answer"] and a["decision"] == b["decision"], f"{a['id']}: others"
+        assert a["cost"]["generate"] == b["cost"]["generate"], "writing them has another cost"
+        assert 0 < a["cost"]["train"][1] <= b["cost"]["train"][1], "read one by one: no padding"
+    assert ttsi.logprob.__module__ == "ttsi", "a patch outlived its run"
 
 
 def test_doses_are_nested(lab):
@@ -651,134 +667,127 @@ def test_doses_are_nested(lab):
     def same(a, b):
         return sum(x == y for x, y in zip(rows[a], rows[b], strict=True))
 
-    assert rows[100] == lab.run(0), "all shifted is not the run itself"
+    assert rows[100] == experiments.tt_si(lab, 0, "--tau 2"), "all shifted is not the run itself"
     assert (same(50, 100), same(0, 50), same(0, 100)) == (3, 3, 0), "not nested by half"
     assert all(r["scores"]["direct"]["call"] for r in rows[0]), "an unshifted item is wrong"
 
 
-def test_the_control_is_trained_on_the_next_items_pairs(lab):
-    written = lab.run(0, "--tau 2")
-    after = written[1:] + written[:1]
-    for row, own, given in zip(experiments.others_pairs(lab, 0), written, after, strict=True):
-        assert row["pairs"] == given["pairs"], f"{row['id']}: not the next item's pairs"
-        generate = own["cost"]["generate"]
-        assert row["cost"]["generate"] == generate, f"{row['id']}: writing them has another cost"
+def test_the_nearest_pair_gives_its_tool_and_trains_nothing(lab):
+    (model, tok), before = lab.base, experiments.tt_si(lab, 0, "--tau 2")
+    for row, was, x in zip(experiments.nearest(lab, 0), before, prepared(lab), strict=True):
+        said = [set(ttsi.words(pair["request"])) for pair in was["pairs"]]
+        asked = set(ttsi.words(x.request))
+        begun = row["answer"].partition(', "arguments"')[0] + ', "arguments"'
+        ids = x.ids + tok(begun, add_special_tokens=False).input_ids
+        assert row["answer"] == greedy(model, tok, ids, begun), f"{row['id']}: another answer"
+        names = [pair["call"]["name"] for pair in was["pairs"]]
+        used = said[names.index(json.loads(begun[:-13] + "}")["name"])]
+        only = [asked & words - set.intersection(*said) for words in said]  # what tells them apart
+        if all(not part for part in only if part is not only[said.index(used)]):
+            assert only[said.index(used)] or used == said[0], f"{row['id']}: not the nearest"
+        assert "train" not in row["cost"], f"{row['id']}: something was trained"
 
 
-def test_the_nearest_draft_gives_its_tool_and_trains_nothing(lab):
-    model, tok = lab.base(lab.config(0))
-    before, xs = lab.rows(0, "--tau 2"), {x.id: x for _, x in lab.prepared(lab.config(0))}
-    for row in experiments.nearest(lab, 0, "--tau 2"):
-        if before[row["id"]]["pairs"]:
-            name = before[row["id"]]["pairs"][0]["call"]["name"]
-            begun = f'{{"name": "{name}", "arguments"'
-            ids = xs[row["id"]].ids + tok(begun, add_special_tokens=False).input_ids
-            want = greedy(model, tok, ids, begun)
-            assert row["answer"] == want, f"{row['id']}: {row['answer']} is not {want}"
-            assert "train" not in row["cost"], f"{row['id']}: something was trained"
-
-
-@slow
-def test_variants_of_training_share_their_pairs(lab):
-    ours, shuffled = ttsi.pair_span, experiments.reshuffled(lab, 0)
-    assert ttsi.pair_span is ours, "a patch outlived its run"
-    full = experiments.on_pairs_of(lab, 0, "", "--adapt full")
-    suffix = experiments.on_pairs_of(lab, 0, "", "--adapt suffix")
-    pairs = [[r["pairs"] for r in rows] for rows in (lab.run(0), shuffled, full, suffix)]
-    assert pairs == [pairs[0]] * 4, "other pairs were trained on"
-    first = [(a["loss"][0], b["loss"][0]) for a, b in zip(shuffled, full, strict=True) if a["loss"]]
-    assert any(abs(a - b) > 1e-4 for a, b in first), "the tools were not reshuffled"
-    rows = ttsi.summarise(experiments.against(suffix, full))
-    right = [ttsi.summarise(r)["TT-SI"]["call"] for r in (suffix, full)]
-    assert rows["difference"]["call"] == pytest.approx(right[0] - right[1]), "another difference"
-
-
-@pytest.mark.parametrize("slope", [(3.0, 4.0), (0.3, 0.4)])
-def test_a_clipped_step_closed_form(tmp_path, monkeypatch, slope):
-    """The loss is slope @ p / 2 of a span of two tokens: its gradient is slope / 2."""
-    p, slope = torch.zeros(2, requires_grad=True), torch.tensor(slope)
-    monkeypatch.setattr(ttsi, "logprob", lambda *_: -(slope @ p)[None])
-
-    def run(seed, flags):
-        cfg = ttsi.Config(epochs=1, lr=0.5)
-        return ttsi.train([([1, 2, 3], 1)], None, [p], cfg)
-
-    lab = SimpleNamespace(runs=tmp_path, run=run, path=lambda *_: "pairs")
-    ours = ttsi.train
-    assert experiments.clipped(lab, 0, 0.5) == [0.0], "another loss before the first step"
-    step = -0.5 * slope / 2 / max(1, slope.norm().item() / 2)
-    assert torch.allclose(p, step), "longer than 1 is clipped, shorter stays"
-    assert ttsi.train is ours, "a patch outlived its run"
-
-
-def test_icl_shows_the_pairs_as_earlier_turns_and_trains_nothing(lab):
-    few = icl(lab)
-    cfg, untouched = few.config(0), digest(lab.base(few.config(0))[0])
-    (model, tok), xs = few.base(cfg), {x.id: x for _, x in few.prepared(cfg)}
-    rows, before = experiments.shown(few, 0), few.run(0)
-    assert any(len(r["pairs"]) == 2 for r in rows), "choose other samples"
-    for row, was in zip(rows, before, strict=True):
-        assert row["pairs"] == was["pairs"], f"{row['id']}: other pairs are shown"
+def test_icl_shows_the_pairs_as_earlier_calls_and_trains_nothing(lab):
+    (model, tok), untouched = lab.base, digest(lab.base[0])
+    rows, before = experiments.shown(lab, 0), experiments.tt_si(lab, 0, "--tau 2")
+    for row, was, x in zip(rows, before, prepared(lab), strict=True):
         assert "train" not in row["cost"] and not row["loss"], f"{row['id']}: trained"
-        ids = naive_ids(tok, xs[row["id"]], row["pairs"])
+        told = []
+        for pair in was["pairs"]:
+            told += [f"user: {pair['request']}", f"call: {json.dumps(pair['call'])}"]
+        ids = naive_ids(tok, x, "\n".join([*told, f"user: {x.request}"]))
         text = greedy(model, tok, ids)
         assert row["answer"] == text, f"{row['id']}: {row['answer']} is not {text}"
     assert any(r["answer"] != r["direct"] for r in rows), "the pairs make no difference"
     assert digest(model) == untouched, "the base weights were written"
 
 
-def test_pairs_that_exceed_the_context_are_not_shown_and_not_counted(lab, monkeypatch):
-    few = icl(lab)
-    cfg, tok = few.config(0), few.base(few.config(0))[1]
-    xs, before, sizes = {x.id: x for _, x in few.prepared(cfg)}, few.run(0), {}
-    for row in [row for row in before if row["pairs"]]:
-        ids = naive_ids(tok, xs[row["id"]], row["pairs"])
-        sizes[row["id"]] = len(ids) + cfg.max_new_tokens
-    limit = sorted(sizes.values())[len(sizes) // 2 - 1]
-    monkeypatch.setattr(tok, "model_max_length", limit)
-    fit = {i for i, n in sizes.items() if n <= limit}
-    assert 0 < len(fit) < len(sizes), "choose other samples"
-    rows = experiments.shown.__wrapped__(few, 0)
-    for row, was in zip(rows, before, strict=True):
-        adapted = row["decision"] == "adapted"
-        assert adapted == (row["id"] in fit), f"{row['id']}: {sizes} tokens of {limit}"
-        assert adapted or row["answer"] == was["direct"], f"{row['id']}: not the direct answer"
-    assert experiments.pooled([rows])["adapted"] == len(fit), "others count as adapted"
+def test_pairs_that_exceed_the_context_are_not_shown_and_not_counted(lab, monkeypatch, tmp_path):
+    few, before = other(lab, rows=str(tmp_path)), experiments.tt_si(lab, 0, "--tau 2")
+    monkeypatch.setattr(experiments, "written", lambda *_: {row["id"]: row for row in before})
+    sizes = [len(x.ids) for x in prepared(lab)]
+    monkeypatch.setattr(few.base[1], "model_max_length", max(sizes) + 256)
+    rows = experiments.shown(few, 0)
+    assert [r["answer"] for r in rows if "exceed" in r["decision"]], "choose another limit"
+    for row in rows:
+        if row["decision"] != "adapted":
+            assert row["answer"] == row["direct"], f"{row['id']}: not the direct answer"
+    n = sum(r["decision"] == "adapted" for r in rows)
+    assert figures.pooled([rows])["adapted"] == n < 6, "others count as adapted"
 
 
-@pytest.mark.parametrize("kind", ROLES)
-def test_pairs_are_shown_by_any_template(tok, kind):
-    tok, x = copy.deepcopy(tok), SimpleNamespace(tools=[], request="r")
-    tok.chat_template, want = ROLES[kind]
-    pair = {"request": "r1", "call": {"name": "f", "arguments": {}}}
-    text = tok.decode(experiments.with_pairs(tok, x, [pair]))
-    shown = json.dumps(pair["call"])
-    want = want.format(ttsi.SYSTEM, shown) or f"{ttsi.SYSTEM}\n\nr1\n\n{shown}\n\nr\n\nAnswer:"
-    assert text == want, f"{kind}: the turns are told otherwise"
-
-
-def test_what_is_not_there_is_left_out(lab):
-    elsewhere = other(lab, teacher="")
-    elsewhere.embedded = False
-    for rows in (experiments.teacher, experiments.using(experiments.dose, 0)):
+def test_what_is_not_there_is_left_out(lab, tmp_path):
+    bare = other(lab, teacher="", kept=True, rows=str(tmp_path))
+    for rows in (experiments.teachers, experiments.as_it_came, experiments.tt_si):
         with pytest.raises(experiments.Skip):
-            rows(elsewhere, 0)
+            rows(bare, 0)
+
+
+def test_rows_are_made_once_whatever_stops_their_making(lab, tmp_path, monkeypatch):
+    made, whole = [], experiments.tt_si(lab, 0, "--tau 0")
+
+    def stopped(*how):
+        made.append(how[2]["id"])
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return ours(*how)
+
+    ours = ttsi.tt_si
+    monkeypatch.setattr(ttsi, "tt_si", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.tt_si(other(lab, rows=str(tmp_path)), 0, "--tau 0")
+    (file,) = tmp_path.glob("*/*.jsonl")
+    with file.open("a") as torn:
+        torn.write('{"id": "demo-003", "ma')
+    part = experiments.tt_si(other(lab, rows=str(tmp_path), kept=True), 0, "--tau 0")
+    assert [r["id"] for r in part] == made[:3], "what is there is not what was made"
+    rows = experiments.tt_si(other(lab, rows=str(tmp_path)), 0, "--tau 0")
+    assert made[3:] == [made[3], *(r["id"] for r in whole[3:])], "a row was made twice"
+    assert [r["answer"] for r in rows] == [r["answer"] for r in whole], "other rows"
+    assert [f.name for f in tmp_path.glob("*/*")] == [f"{file.name}.gz"], "not packed"
+    more = other(lab, rows=str(tmp_path))
+    more.limit = 7
+    assert [r["id"] for r in experiments.tt_si(more, 0, "--tau 0")][:6] == [r["id"] for r in whole]
+    assert len(made) == 8, "a larger limit made rows again"
+
+
+def test_rows_of_other_data_or_weights_are_refused(lab, tmp_path):
+    experiments.tt_si(other(lab, rows=str(tmp_path)), 0, "--tau 0")
+    changed = tmp_path / "demo.jsonl"
+    changed.write_text(Path(lab.data).read_text() + "\n")
+    with pytest.raises(ttsi.InputError, match="rows of"):
+        elsewhere = other(lab, rows=str(tmp_path))
+        elsewhere.data = str(changed)
+        experiments.tt_si(elsewhere, 0, "--tau 0")
 
 
 def test_statistics_of_the_tables():
-    assert experiments.signs(5, 0) == experiments.signs(0, 5) == 2 / 32, "sign test: 5 of 5"
-    assert experiments.signs(3, 3) == 1, "sign test: an even split"
-    assert experiments.signs(7, 2) == 2 * (1 + 9 + 36) / 512, "sign test: 7 of 9"
+    assert figures.signs(5, 0) == figures.signs(0, 5) == 2 / 32, "sign test: 5 of 5"
+    assert figures.signs(3, 3) == 1, "sign test: an even split"
+    assert figures.signs(7, 2) == 2 * (1 + 9 + 36) / 512, "sign test: 7 of 9"
     r, values = random.Random(0), [i // 3 / 9 for i in range(30)]
     right = [r.random() < 0.5 for _ in values]
     high = [v for v, good in zip(values, right, strict=True) if good]
     low = [v for v, good in zip(values, right, strict=True) if not good]
     pairs = [(a > b) + (a == b) / 2 for a in high for b in low]
     area = pytest.approx(sum(pairs) / len(pairs))
-    assert experiments.auroc(values, right) == area, "AUROC: not that of all pairs"
-    four = experiments.auroc([0.9, 0.5, 0.5, 0.1], [1, 1, 0, 0])
+    assert figures.auroc(values, right) == area, "AUROC: not that of all pairs"
+    four = figures.auroc([0.9, 0.5, 0.5, 0.1], [1, 1, 0, 0])
     assert four == (1 + 1 + 0.5 + 1) / 4, "AUROC: ties count half"
-    assert experiments.auroc([1], [1]) is None, "AUROC: of right ones alone there is none"
+    assert figures.auroc([1], [1]) is None, "AUROC: of right ones alone there is none"
+
+
+def test_the_bootstrap_draws_whole_lists_of_tools():
+    """Closed form: the variance of a mean of n lists drawn from n, of equal size."""
+    lists = {"a": [100, 100], "b": [0, 0], "c": [0, -100], "d": [100, 0]}
+    means = torch.tensor([100.0, 0.0, -50.0, 50.0]).double()
+    drawn = figures.resampled(lists)
+    assert drawn.mean().item() == pytest.approx(25, abs=1), "another mean"
+    want = means.var(correction=0).item() / 4
+    assert drawn.var().item() == pytest.approx(want, rel=0.05), "items are drawn, not lists"
+    alone = figures.resampled({"a": [100, 0, 0]})
+    assert torch.allclose(alone, torch.tensor(100 / 3).double()), "one list has no other"
 
 
 def test_a_line_of_a_table_by_hand():
@@ -786,93 +795,102 @@ def test_a_line_of_a_table_by_hand():
     and loses once."""
     one = scored((0, 1), (1, 0), (0, 1), (1, 1))
     two = scored((0, 1), (1, 1), (1, 0), (1, 1), decision="certain")
-    r = experiments.pooled([one, two])
+    r = figures.pooled([one, two])
     assert (r["seeds"], r["n"], r["adapted"]) == (2, 4, 2), "other items, or seeds"
     assert r["direct"]["call"] == (50 + 75) / 2, "direct: not the mean of both seeds"
-    assert r["ttsi"]["call"] == (75 + 75) / 2, "TT-SI: not the mean of both seeds"
-    assert r["difference"] == (25 + 0) / 2, "difference: not the mean of both seeds"
+    assert r["answer"]["call"] == (75 + 75) / 2, "TT-SI: not the mean of both seeds"
+    points = r["call difference"]["points"]
+    assert points == (25 + 0) / 2, "difference: not the mean of both seeds"
     assert r["sd"] == pytest.approx(25 / 2**0.5), "not the deviation between seeds"
-    assert (r["items better"], r["items worse"], r["p"]) == (1, 1, 1), "items counted otherwise"
-    assert (r["tokens"], r["seconds"]) == (3, 2), "not multiples of direct answers"
+    assert (r["better"], r["worse"], r["p"]) == (1, 1, 1), "items counted otherwise"
+    assert (r["tokens ratio"], r["seconds ratio"]) == (3, 2), "not multiples of direct answers"
     assert r["always first"] == 25, "always the first tool: one of four"
-    low, high = r["interval"]
-    assert -50 < low < r["difference"] < high < 100, "the interval lies elsewhere"
+    low, high = r["call difference"]["interval"]
+    assert -50 < low < points < high < 100, "the interval lies elsewhere"
+    both = figures.mean_of([[one], [scored((0, 1))]])
+    assert both["call difference"]["points"] == (25 + 100) / 2, "places do not weigh the same"
+    assert both["n"] == 5 and both["better"] == 3, "items of both are not counted"
 
 
 # --------------------------------------------------------------------------- what is published
-def test_the_tables_are_those_of_the_results():
-    found = {stem: experiments.results(stem) for stem in ("test", "dev")}
-    drawn = experiments.figures("test", found["test"])
-    published = {(stem, group) for stem in found for group in found[stem]}
-    published |= {("test", "findings")} if drawn else set()
-    assert blocks().keys() == published, "a table without results, or the reverse"
-    for (stem, group), text in blocks().items():
-        if group == "findings":
-            assert text == drawn["findings"], "run `python data/experiments.py`"
-            continue
-        _, show = experiments.SHOW.get(group, (None, experiments.markdown))
-        hint = f"run `python data/experiments.py {group}` on {stem}"
-        assert text == show(found[stem][group]), hint
-        labels = [label for label, *_ in experiments.GROUPS[group][2]]
-        assert list(found[stem][group]) == labels, f"{stem} {group}: a row is missing"
+def test_the_tables_and_figures_are_those_of_the_rows(capsys):
+    """Of all rows that are here, without a model."""
+    text, shown = RESULTS.read_text(), 0
+    for real in (True, False):
+        args = experiments.parse_arguments(["real", "--kept"] if real else ["--kept"])
+        for group in args.groups:
+            tables, drawn = experiments.made_of_rows(args, group)
+            for name, table in tables.items():
+                there = re.search(f"<!-- table {name} -->\n(.*?)<!-- end -->", text, re.S)
+                hint = f"run `python data/experiments.py {group} --kept`"
+                assert there and there[1] == table, f"{name}: another table: {hint}"
+                shown += "|" in table
+            for name, figure in drawn.items():
+                assert (HERE / "results" / name).read_text() == figure, f"{name}: {hint}"
+    assert shown, "there are no rows"
 
 
-def test_the_figures_are_those_of_the_results():
-    for name, text in experiments.figures("test", experiments.results("test")).items():
-        if name != "findings":
-            there = (HERE / "results" / name).read_text()
-            assert there == text, f"{name} shows other numbers: run data/experiments.py"
-
-
-def test_published_numbers_agree_with_one_another():
-    for name, r in published():
-        change = r["ttsi"]["call"] - r["direct"]["call"]
-        assert r["difference"] == pytest.approx(change), f"{name}: another difference"
-        low, high = r["interval"]
-        assert low <= r["difference"] <= high, f"{name}: the interval lies elsewhere"
-        better, worse = r["items better"], r["items worse"]
-        n = better + worse
-        assert n <= r["n"] and 0 <= r["adapted"] <= r["n"], f"{name}: more than there are"
-        splits = itertools.product((0, 1), repeat=min(n, 12))
-        if n <= 12:  # all ways in which n items can go
-            uneven = [abs(2 * sum(split) - n) >= abs(better - worse) for split in splits]
-            assert r["p"] == pytest.approx(sum(uneven) / 2**n), f"{name}: another p"
-        kept, all_drafts = r["drafts kept"]
-        assert kept <= all_drafts, f"{name}: more drafts are kept than were written"
-
-
-def test_publishing_replaces_what_is_between_the_marks_and_no_more(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "HERE", tmp_path / "data")
-    (tmp_path / "data").mkdir()
-    marks = "a\n<!-- table test {} -->\nold\n<!-- end -->\nz\n"
-    both = "".join(marks.format(group) for group in ("main", "dose"))
-    for readme in (tmp_path / "README.md", tmp_path / "data/README.md"):
-        readme.write_text(both)
-    experiments.publish("test", "dose", "new \\1\n")
-    for readme in (tmp_path / "README.md", tmp_path / "data/README.md"):
-        want = marks.format("main") + marks.format("dose").replace("old", "new \\1")
-        assert readme.read_text() == want, f"{readme.name}: published elsewhere"
+def test_publishing_replaces_what_is_between_the_marks_and_no_more(tmp_path):
+    file, marks = tmp_path / "README.md", "a\n<!-- table {} -->\nold\n<!-- end -->\nz\n"
+    file.write_text("".join(marks.format(group) for group in ("real", "real several")))
+    experiments.publish("real several", "new \\1\n", file)
+    want = marks.format("real") + marks.format("real several").replace("old", "new \\1")
+    assert file.read_text() == want, "published elsewhere"
 
 
 @slow
-def test_all_experiments_run_quickly(tmp_path, monkeypatch, capsys):
-    class Apart(experiments.Lab):
-        def __init__(self, args):
-            super().__init__(args)
-            self.runs = tmp_path
+@pytest.mark.parametrize("file", KEPT_ROWS, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_five_rows_of_each_run_are_made_again(file, tmp_path):
+    head, rows = experiments.read_rows(file)
+    model = {"model": HERE / "model"}.get(
+        file.parent.name, HERE.parent / "models" / file.parent.name
+    )
+    stem = file.name.partition(f"-{head['method']}-")[0]
+    data = [HERE / f"{stem}.jsonl", *BENCHMARKS.rglob(f"{stem}.jsonl")]
+    data = [path for path in data if path.exists()]
+    if not (model.is_dir() and data) or head["method"] == "sft":
+        pytest.skip("its model or data are not at hand, or it is trained for minutes")
+    args = experiments.parse_arguments(
+        ["--model", str(model), "--rows", str(tmp_path), "--flags", ""]
+    )
+    args.pool = [*map(str, sorted(BENCHMARKS.glob(POOL)))]
+    flags = " ".join(map(flag_of, head["flags"].items()))
+    flags += f" --teacher {HERE / head['teacher']}" if head["teacher"] else ""
+    again = experiments.Lab(args, data[0], 5)
+    method = getattr(experiments, head["method"])
+    made = method(again, head["seed"], flags, *head["more"])
+    for row in made[:-1] if "another's" in head["more"] else made:  # who is the last one's next?
+        for key, value in rows[row["id"]].items():
+            if key not in ("cost", "votes", "logp", "loss"):
+                same = row[key] == value
+                close = isinstance(value, float) and row[key] == pytest.approx(value, abs=0.01)
+                assert same or close, f"{row['id']}: another {key}: {row[key]}, not {value}"
 
-    monkeypatch.setattr(experiments, "Lab", Apart)
-    files = [*(HERE / "results").glob("*.*"), *READMES]
+
+@slow
+def test_all_experiments_run_quickly(capsys, monkeypatch):
+    files = [f for f in (HERE / "results").rglob("*") if f.is_file()]
     before = {file: file.read_bytes() for file in files}
     experiments.main(["--quick", "--limit", "4"])
     text = "\n" + capsys.readouterr().out
-    for group, (*_, lines) in experiments.GROUPS.items():
-        if group not in experiments.TUNING:
-            for label, *_ in lines:
-                assert f"\n{label}: " in text, f"{group}: {label} did not run"
-    assert "left out" not in text, "a row was left out"
-    for file, was in before.items():
-        assert file.read_bytes() == was, f"a look publishes nothing, but {file} changed"
+    for group, (places, _, _, lines) in experiments.GROUPS.items():
+        for label, *_ in lines if places is experiments.OWN else ():
+            assert f"\n| {label} | " in text, f"{group}: {label} did not run"
+    assert {f: f.read_bytes() for f in files} == before, "a look publishes something"
+
+
+@slow
+def test_the_real_experiments_run_on_anyones_files(tmp_path, capsys):
+    lines = (HERE / "dev.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "mine.jsonl").write_text("".join(lines[:3]))
+    (tmp_path / "pool.jsonl").write_text("".join(lines))
+    where = ["--data", str(tmp_path / "mine.jsonl"), "--pool", str(tmp_path / "pool.jsonl")]
+    model = ["--model", str(HERE / "model"), "--base", str(HERE / "model"), "--flags=--epochs 2"]
+    experiments.main(["real", *where, *model, "--quick", "--limit", "2"])
+    text = "\n" + capsys.readouterr().out
+    for group in ("real", "real-seeds", "real-controls"):
+        for label, *_ in experiments.GROUPS[group][3]:
+            assert f"\n| {label} | " in text, f"{group}: {label} did not run"
 
 
 # ------------------------------------------------------------------------- the real model
@@ -989,7 +1007,9 @@ def test_the_tables_of_the_choice_are_made_of_the_rows(skip, limit, capsys):
     choose.table(skip, limit)
     out = capsys.readouterr().out.splitlines()
     part = re.search(
-        rf"<!-- choice {skip} {limit} -->\n(.*?)<!-- end -->", READMES[1].read_text(), re.S
+        rf"<!-- choice {skip} {limit} -->\n(.*?)<!-- end -->",
+        (HERE / "README.md").read_text(),
+        re.S,
     )
     lines = part[1].splitlines()
     assert len(lines) > 3 and set(lines) <= set(out), [line for line in lines if line not in out]
@@ -1073,11 +1093,6 @@ def test_no_pair_is_forced_by_the_last_tool_alone(tok):
     last = sorted(logp, key=logp.get)[-2]
     forced = bench.without_pair(model, tok, sample, cfg, last)
     assert forced.decision == "no pair" and any(draft["pair"] for draft in forced.drafts)
-
-
-def test_the_papers_setting_is_not_overruled_by_that_of_the_tables(lab):
-    assert lab.config(0).drafts == 4 and lab.config(0, "--k 2").k == 2
-    assert (lab.config(0, "--paper").drafts, other(lab, flags="--paper").config(0).k) == (1, 1)
 
 
 def test_ratios_of_the_bench_by_hand():
