@@ -48,6 +48,8 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+HERE = Path(__file__).parent / "data"
+
 
 def flag(default, text):
     return dataclasses.field(default=default, metadata={"help": text})
@@ -57,8 +59,8 @@ def flag(default, text):
 class Config:
     """Every field is a flag. [paper]: stated there or reported from it; [ours]: our choice."""
 
-    model: str = flag(f"{Path(__file__).parent}/data/model", "folder or hub name of a model")
-    data: str = flag(f"{Path(__file__).parent}/data/demo.jsonl", "samples, JSON lines (README)")
+    model: str = flag(f"{HERE}/model", "folder or hub name of a model; default: the embedded one")
+    data: str = flag("", "samples, JSON lines; default: data/everyday.jsonl, embedded: demo.jsonl")
     output: str = flag("", "a JSON row for each sample goes here; a run that was cut off goes on")
     teacher: str = flag("", "a model that writes the drafts in the other's place: TT-D [paper]")
     pairs: str = flag("", "take this file's {id, pairs: [{request, call}]} as drafts, judged alike")
@@ -84,6 +86,10 @@ class Config:
     lr: float = flag(3e-4, "of the cosine; sgd: a parameter's change, r.m.s. [ours; paper: 1e-4]")
     epochs: int = flag(5, "steps, each on all k pairs [paper: 5, k = 1]")
     adapt: Literal["suffix", "full"] = flag("suffix", "behind the tools [ours], everywhere [paper]")
+
+    def __post_init__(self):
+        embedded = self.model == Config.model
+        self.data = self.data or f"{HERE}/{'demo' if embedded else 'everyday'}.jsonl"
 
 
 PAPER = "--k 1 --drafts 1 --attempts 1 --no-check --optimizer adamw --lr 1e-4 --adapt full"
