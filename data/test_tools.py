@@ -570,16 +570,16 @@ def test_one_adapter_for_all_starts_as_the_base_and_learns(lab):
 
 @slow
 def test_a_step_of_fine_tuning_is_that_of_the_mean_loss(lab, monkeypatch):
-    """Samples are read one by one; the gradient is that of all in one padded batch."""
-    seen, grad, items = [], torch.autograd.grad, experiments.labelled(lab, "shifted", 3)
+    """Samples are read in parts; the gradient is that of all in one padded batch."""
+    seen, grad, items = [], torch.autograd.grad, experiments.labelled(lab, "shifted", 16)
     cfg, (model, tok) = lab.config(0, "--adapt full"), lab.base
     monkeypatch.setattr(torch.autograd, "grad", lambda *how: seen.append(grad(*how)) or seen[-1])
-    experiments.fine_tuned.__wrapped__(lab, 0, "shifted", 3, 0.0)
+    experiments.fine_tuned.__wrapped__(lab, 0, "shifted", 16, 0.0)
     with ttsi.temporary_lora(model, cfg, ttsi.draw(0, "sft", "adapter")) as lora:
         spans = [experiments.label_span(tok, item, cfg) for item in items]
         lengths = torch.tensor([len(ids) - begin for ids, begin in spans])
         loss = -(ttsi.logprob(spans, ttsi.Prefix(model, [])) / lengths).mean()
-        for p, *parts in zip(grad(loss, lora), *seen[:3], strict=True):
+        for p, *parts in zip(grad(loss, lora), *seen[:4], strict=True):
             assert torch.allclose(p, sum(parts), atol=1e-6), "another gradient"
 
 
