@@ -1008,7 +1008,7 @@ def test_the_tables_of_the_choice_are_made_of_the_rows(skip, limit, capsys):
     out = capsys.readouterr().out.splitlines()
     part = re.search(
         rf"<!-- choice {skip} {limit} -->\n(.*?)<!-- end -->",
-        (HERE / "README.md").read_text(),
+        RESULTS.read_text(),
         re.S,
     )
     lines = part[1].splitlines()
