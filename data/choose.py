@@ -23,7 +23,9 @@ import transformers
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import figures  # noqa: E402
+
 import ttsi  # noqa: E402
 
 KEPT = HERE / "results" / "choice"
@@ -75,6 +77,7 @@ def remembered(row):
     return mock.patch.object(ttsi, "fill", fill)
 
 
+SCORES = "answer-scores"
 TWO = "--drafts 0 --k 2 --temperature 0.7"
 DIRECT = "direct"
 # cell -> flags, and where its pairs are from: written; drafted as another cell's; or a function
@@ -151,6 +154,35 @@ def make_rows(args, cell, model, tok, samples, pool):
         ttsi.save(KEPT / f"{cell}.jsonl", [ttsi.dumps(to_row(result, sample))], "a")
 
 
+def answer_scores(args, model, tok, samples):
+    """Another uncertainty: keeps log P of each direct answer, nats, and its tokens."""
+    direct, rows = read_rows(DIRECT), read_rows(SCORES)
+    for sample in tqdm(samples, desc=SCORES):
+        i = sample["id"]
+        if i not in rows:
+            x = ttsi.prepare(tok, sample, flags_of(args, DIRECT))
+            span = x.ids + tok(direct[i]["answer"], add_special_tokens=False).input_ids, len(x.ids)
+            with torch.no_grad():
+                logp = ttsi.logprob([span], ttsi.Prefix(model, x.ids[:-1])).item()
+            row = {"id": i, "logp": round(logp, 3), "tokens": len(span[0]) - span[1]}
+            ttsi.save(KEPT / f"{SCORES}.jsonl", [ttsi.dumps(row)], "a")
+
+
+def uncertainties(ids):
+    """Prints how well each uncertainty tells right direct answers from wrong ones."""
+    direct, scores = read_rows(DIRECT), read_rows(SCORES)
+    ids = [i for i in ids if i in scores]
+    values = {
+        "margin of the names": [direct[i]["margin"] for i in ids],
+        "log P of the direct answer": [scores[i]["logp"] for i in ids],
+        "the same per token": [scores[i]["logp"] / scores[i]["tokens"] for i in ids],
+    }
+    print(f"\nAUROC over {len(ids)} direct answers, of right names and right calls:\n")
+    for label, found in values.items():
+        areas = [figures.auroc(found, [direct[i]["scores"][k] for i in ids]) for k in figures.KINDS]
+        print(f"{label}: " + ", ".join("" if a is None else f"{a:.2f}" for a in areas))
+
+
 def table(skip, limit):
     """Prints each cell beside the direct answer, over the items from skip to limit, as far as it
     has them."""
@@ -190,6 +222,7 @@ def table(skip, limit):
             f" {wins}, {losses} | {adapted} | {kept} |"
         )
     print("", "Call accuracy, four cases in five, at 5 %:", *shown, sep="\n")
+    uncertainties(ids)
 
 
 def seeds(samples):
@@ -229,7 +262,9 @@ def seeds(samples):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cells", nargs="*", metavar="CELL", help=f"of {', '.join(CELLS)}")
+    parser.add_argument(
+        "cells", nargs="*", metavar="CELL", help=f"of {', '.join([*CELLS, SCORES])}"
+    )
     parser.add_argument("--model", default="", help="where a CELL is given")
     parser.add_argument("--data", required=True)
     parser.add_argument("--pool", nargs="*", default=[], help="labelled files, for neighbours")
@@ -238,7 +273,7 @@ def main(argv=None):
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
-    unknown = set(args.cells) - set(CELLS)
+    unknown = set(args.cells) - {SCORES, *CELLS}
     if unknown:
         parser.error(f"no cell {unknown}")
     samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values())
@@ -250,7 +285,10 @@ def main(argv=None):
         model, tok = ttsi.load(args.model, flags_of(args, DIRECT))
         KEPT.mkdir(parents=True, exist_ok=True)
         for cell in dict.fromkeys([DIRECT, *args.cells]):
-            make_rows(args, cell, model, tok, samples, pool)
+            if cell == SCORES:
+                answer_scores(args, model, tok, samples)
+            else:
+                make_rows(args, cell, model, tok, samples, pool)
     table(args.skip, args.limit)
     seeds(samples)
 

@@ -1015,6 +1015,23 @@ def test_the_tables_of_the_choice_are_made_of_the_rows(skip, limit, capsys):
     assert len(lines) > 3 and set(lines) <= set(out), [line for line in lines if line not in out]
 
 
+def test_direct_answers_are_scored_whole(tmp_path, monkeypatch, tok, capsys):
+    monkeypatch.setattr(choose, "KEPT", tmp_path)
+    flags = f"--model {ttsi.Config.model} --data {HERE / 'dev.jsonl'} --dtype float32 --limit 3"
+    choose.main([*flags.split(), choose.SCORES])
+    cfg, samples = ttsi.Config(), read(HERE / "dev.jsonl")
+    (model, _), direct = ttsi.load(cfg.model, cfg), choose.read_rows("direct")
+    for i, row in choose.read_rows(choose.SCORES).items():
+        sample = next(ttsi.to_sample(s) for s in samples if s["id"] == i)
+        ids = ttsi.prepare(tok, sample, cfg).ids
+        new = tok(direct[i]["answer"], add_special_tokens=False).input_ids
+        logits = model(torch.tensor([ids + new])).logits[0].log_softmax(-1)
+        want = sum(logits[len(ids) + n - 1, token].item() for n, token in enumerate(new))
+        assert row["logp"] == pytest.approx(want, abs=2e-3), f"{i}: another log P"
+        assert row["tokens"] == len(new), f"{i}: another length"
+    assert "AUROC over 3 direct answers" in capsys.readouterr().out
+
+
 def test_neighbours_are_of_other_requests_and_have_their_own_tools(tok):
     one, *others = (ttsi.to_sample(record) for record in read(HERE / "dev.jsonl")[:9])
     pairs = choose.neighbours(one, [one, one | {"id": "another"}, *others])
