@@ -35,6 +35,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import choose  # noqa: E402
 import figures  # noqa: E402
 import world  # noqa: E402
+from figures import against, certain, gate, instead, spent, uncertain  # noqa: E402
 
 import ttsi  # noqa: E402
 
@@ -77,15 +78,18 @@ class Lab:
 
     @functools.cached_property
     def pool(self):
-        """Labelled samples, none of this file's."""
+        """Labelled samples, none with a request of this file's."""
+        own = {request_of(sample) for sample in self.samples.values()}
         files = [ttsi.read_jsonl(path, ttsi.to_sample) for path in self.args.pool]
-        return [sample for file in files for sample in file.values()]
+        return [s for file in files for s in file.values() if request_of(s) not in own]
 
-    @functools.cached_property
-    def inputs(self):
-        """What the rows depend on and their flags do not name."""
-        weights = sorted(Path(self.args.model).glob("*.safetensors"))
-        return {"data": choose.digest(self.data), "weights": [*map(choose.digest, weights)]}
+    def inputs(self, cfg, more):
+        """What rows depend on and their flags do not say, by what it is, wherever it lies."""
+        files = {"data": [self.data], "model": model_files(self.args.model)}
+        files["teacher"] = model_files(cfg.teacher) if cfg.teacher else []
+        files["pool"] = self.args.pool if {"neighbours", "pool"} & {*more} else []
+        digests = {what: [*map(choose.digest, paths)] for what, paths in files.items()}
+        return digests | {"items": len(self.samples)}
 
     def rows(self, make, seed, flags="", *more):
         """-> [the rows of a method for a seed], in the file's order; what is missing is made."""
@@ -104,11 +108,13 @@ class Lab:
         path = self.folder / f"{name}.jsonl"
         head, rows = read_rows(path)
         if not self.making:
-            if not rows:
-                raise Skip(f"no rows, and no {self.args.model} or {self.data} to make them")
+            items = head["items"] if head else 1
+            wanted = min(items, self.limit or items)
+            if len(rows) < wanted:
+                raise Skip(f"{len(rows)} rows of {wanted}, and none is made")
             return rows
-        what = json.loads(json.dumps(what | self.inputs))
-        ttsi.need(head in (None, what), f"{path}: rows of {head}, not of {what}")
+        what = json.loads(json.dumps(what | self.inputs(cfg, more)))
+        ttsi.need(head == what or not (head or rows), f"{path}: rows of {head}, not of {what}")
         samples = [*self.samples.values()][: self.limit or None]
         missing = [sample for sample in samples if sample["id"] not in rows]
         if missing:
@@ -117,10 +123,20 @@ class Lab:
             for sample in tqdm(missing, desc=name):
                 row = slim(make(self, cfg, sample, *more), sample)
                 ttsi.save(path, [ttsi.dumps(row)], "a")
-                rows[sample["id"]] = row
         if path.exists():
-            pack(path)
+            _, rows = read_rows(path)  # another process may have made some
+            rows = {i: rows[i] for i in self.samples if i in rows}
+            pack(path, [what, *rows.values()])
         return rows
+
+
+def request_of(sample):
+    return " ".join(ttsi.words(choose.labelled(sample)["request"]))
+
+
+def model_files(folder):
+    names = ("*.safetensors", "tokenizer.json", "*.jinja")
+    return sorted(path for name in names for path in Path(folder).glob(name))
 
 
 def read_rows(path):
@@ -132,14 +148,15 @@ def read_rows(path):
         lines += path.read_bytes().splitlines(keepends=True)
     read = [json.loads(line) for line in lines if line.endswith(b"\n")]
     heads = [line for line in read if "id" not in line]
+    ttsi.need(all(head == heads[0] for head in heads), f"{path}: rows of several kinds")
     return next(iter(heads), None), {line["id"]: line for line in read if "id" in line}
 
 
-def pack(path):
+def pack(path, lines):
     """Rows that are complete -> a .gz in their place, the same bytes wherever it is made."""
-    packed = path.with_suffix(".jsonl.gz")
+    packed, text = path.with_suffix(".jsonl.gz"), "".join(ttsi.dumps(line) + "\n" for line in lines)
     part = packed.with_suffix(".part")
-    part.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+    part.write_bytes(gzip.compress(text.encode(), mtime=0))
     os.replace(part, packed)
     path.unlink()
 
@@ -147,13 +164,18 @@ def pack(path):
 def slim(row, sample):
     """A row as it is kept: rounded, without a benchmark's texts or what its pair says again; and
     which list of tools it is of."""
-    row = row | {"tools": digest_of(sorted(tool["name"] for tool in sample["tools"]))}
+    names = sorted(tool["name"] for tool in sample["tools"])
+    row = row | {"tools": digest_of(names), "offered": len(names)}
     if "margin" in row:
-        row["logp"] = {name: round(value, 3) for name, value in row["logp"].items()}
-        row["loss"] = [round(value, 4) for value in row["loss"]]
+        row["logp"] = {name: rounded(value) for name, value in row["logp"].items()}
+        row["loss"] = [*map(rounded, row["loss"])]
         row["cost"] = {k: [round(s, 3), n] for k, (s, n) in row["cost"].items()}
         row["drafts"] = [draft | {"text": draft_text(draft)} for draft in row["drafts"]]
     return json.loads(json.dumps(row), parse_constant=lambda name: None)
+
+
+def rounded(value):
+    return None if value is None else round(value, 4)  # None: it was not finite
 
 
 def digest_of(value):
@@ -193,18 +215,6 @@ def composed(f):
     return make
 
 
-def instead(row, text, right, decision, cost):
-    """A row that is answered with this text, graded `right`, at this cost; without any pair."""
-    answered = {"answer": text, "scores": row["scores"] | {"answer": right}, "decision": decision}
-    nothing = {"drafts": [], "pairs": [], "loss": []}
-    return row | nothing | answered | {"cost": cost | spent(row, "direct")}
-
-
-def spent(row, *stages):
-    """What these stages of a row cost."""
-    return {stage: row["cost"][stage] for stage in stages if stage in row["cost"]}
-
-
 def prefixes(model, x):
     """-> the prefixes that every composition begins with: of the tools, and of the prompt."""
     after_tools = ttsi.Prefix(model, x.ids[: x.head])
@@ -226,26 +236,6 @@ def teachers(lab, seed, flags=""):
     return tt_si(lab, seed, f"{flags} --teacher {shlex.quote(lab.args.teacher)}")
 
 
-def gate(rows, chosen):
-    """Rows of a run with --tau 2 -> rows as if only the chosen samples had been adapted. Each was
-    answered both ways, and samples do not touch each other."""
-    out = []
-    for row, adapt in zip(rows, chosen, strict=True):
-        if not adapt and row["cost"]:
-            cost = spent(row, "score") | {"answer": row["cost"]["direct"]}  # prompt included
-            row = instead(row, row["direct"], row["scores"]["direct"], "certain", cost)
-        out.append(row)
-    return out
-
-
-def uncertain(rows, tau=ttsi.Config.tau):
-    return gate(rows, [figures.margin(row) < tau for row in rows])
-
-
-def certain(rows, tau=ttsi.Config.tau):
-    return gate(rows, [figures.margin(row) >= tau for row in rows])
-
-
 def a_random_subset(lab, seed):
     """As many samples as are uncertain, drawn without looking at them."""
     rows = tt_si(lab, seed, ALL)
@@ -264,13 +254,13 @@ def within_budget(lab, seed, share):
 def dose(lab, seed, shift):
     """A mixture: this share of the items is shifted, drawn in one and the same order, the others
     are not. Samples do not touch each other: rows of two runs can be mixed."""
-    plain = copy.copy(lab)
-    plain.data, plain.found = str(Path(tempfile.gettempdir()) / "plain.jsonl"), {}
-    for name in ("samples", "inputs"):
-        vars(plain).pop(name, None)
-    records = world.records(Path(lab.data).stem, lab.limit, 0, 0)
-    ttsi.save(plain.data, map(json.dumps, records))
-    shifted, unshifted = tt_si(lab, seed, ALL), tt_si(plain, seed, ALL)
+    split, folder = Path(lab.data).stem, Path(tempfile.gettempdir()) / f"ttsi-{os.getpid()}"
+    path = folder / f"{split}-plain.jsonl"
+    if lab.making and not path.exists():
+        folder.mkdir(exist_ok=True)
+        ttsi.save(path, map(json.dumps, world.records(split, len(lab.samples), 0, 0)))
+    shifted = tt_si(lab, seed, ALL)
+    unshifted = tt_si(Lab(lab.args, path, lab.limit), seed, ALL)
     order = torch.randperm(len(shifted), generator=ttsi.draw("dose")).tolist()
     mixed = zip(order, shifted, unshifted, strict=True)
     return [a if place < shift / 100 * len(shifted) else b for place, a, b in mixed]
@@ -295,7 +285,7 @@ def its_own(lab, cfg, row, x):
 
 
 def of_another(lab, cfg, row, x):
-    """What was written for the next sample."""
+    """What was written for the next sample. With its tools: the LoRA acts on nearly all tokens."""
     rows = [*written(lab, cfg.seed).values()]
     place = [r["id"] for r in rows].index(row["id"])
     return its_own(lab, cfg, rows[(place + 1) % len(rows)], x)
@@ -320,7 +310,8 @@ def answered_alike(lab, cfg, row, x, agree=True):
     for pair in [draft["pair"] for draft in row["drafts"] if draft["pair"]]:
         ids, begin = ttsi.pair_span(x, pair)
         with ttsi.measured(cost, "generate", lab.base[0]):
-            text = ttsi.write(x.tok, ids[:begin], after_tools, cfg)[0]
+            asked = ttsi.Prefix(lab.base[0], ids[: begin - 1], after_tools)
+            text = ttsi.write(x.tok, ids[:begin], asked, cfg)[0]
         if ttsi.grade(text, {"call": pair["call"]})["call"] == agree:
             pairs.append(pair | {"sample": lab.samples[row["id"]]})
     return pairs, cost
@@ -348,7 +339,7 @@ def shown(lab, cfg, row, x):
         return instead(row, row["direct"], row["scores"]["direct"], f"not shown: {e}", cost)
     after_tools, _ = prefixes(lab.base[0], x)
     with ttsi.measured(cost, "answer", lab.base[0]):
-        text = ttsi.write(x.tok, ids, after_tools, cfg)[0]
+        text = ttsi.write(x.tok, ids, ttsi.Prefix(lab.base[0], ids[:-1], after_tools), cfg)[0]
     decision = "adapted" if row["pairs"] else "no pair"
     return instead(row, text, ttsi.grade(text, sample), decision, cost)
 
@@ -404,7 +395,7 @@ def chosen_by(choose_one):
 
     def rows(lab, seed, n, temperature):
         drawn, out = sampled(lab, seed, f"--temperature {temperature}", n), []
-        for vote, row in zip(drawn, tt_si(lab, seed, ALL), strict=False):
+        for vote, row in zip(drawn, tt_si(lab, seed, ALL), strict=True):
             if "texts" in vote:
                 at = choose_one(vote["texts"], vote["grades"])
                 text, right = ("", WRONG) if at is None else (vote["texts"][at], vote["grades"][at])
@@ -502,8 +493,6 @@ def sft(lab, cfg, row, x, kind, n, lr):
 
 def as_it_came(lab, seed, flags=ALL):
     """The model that this one was made of."""
-    if not lab.args.base:
-        raise Skip("give --base FOLDER")
     args = argparse.Namespace(**vars(lab.args) | {"model": lab.args.base})
     return tt_si(Lab(args, lab.data, lab.limit), seed, flags)
 
@@ -519,7 +508,7 @@ def judged(lab, seed, which, values, *more):
 @composed
 def certainties(lab, cfg, row, x, n):
     """-> other certainties: the margin of log P per token of the names ("mean"); 1 / perplexity of
-    the direct answer ("answer"); the softmax margin over the distinct calls among it and n
+    the direct answer; the softmax margin over the distinct calls among it and n
     sampled ones ("calls")."""
     lengths = [len(ids) - begin for ids, begin in x.candidates]
     names = zip(row["logp"].items(), lengths, strict=True)
@@ -532,8 +521,8 @@ def certainties(lab, cfg, row, x, n):
     _, after_prompt = prefixes(lab.base[0], x)
     with torch.no_grad():
         logp, (ids, begin) = ttsi.logprob(spans, after_prompt).tolist(), spans[0]
-    out = {"id": x.id, "mean": ttsi.margin(mean), "answer": math.exp(logp[0] / (len(ids) - begin))}
-    return out | {"calls": ttsi.margin(dict(zip(texts, logp, strict=True)))}
+    found = {"mean": ttsi.margin(mean), "calls": ttsi.margin(dict(zip(texts, logp, strict=True)))}
+    return {"id": x.id, "1 / perplexity": math.exp(logp[0] / (len(ids) - begin))} | found
 
 
 def distinct(texts):
@@ -542,15 +531,6 @@ def distinct(texts):
     for text in texts:
         first.setdefault(call_of(text) or text, text)
     return list(first.values())
-
-
-def against(rows, others):
-    """Rows in which "direct" is another run, so that the difference is the one to that."""
-    found, out = {row["id"]: row for row in others}, []
-    for row in rows:
-        other = found[row["id"]]["scores"]["answer"]
-        out.append(row | {"scores": row["scores"] | {"direct": other}})
-    return out
 
 
 # ------------------------------------------------------------------------------------- groups
@@ -589,6 +569,9 @@ ANOTHERS = ("another item's pairs", "`of_another`", below_tau(on_pairs, ALL, "an
 ITSELF = ("the item itself, label included: a bound", "`itself`", using(on_pairs, ALL, "itself"))
 PAPER_ALL = ("the paper's setting, adapt all", f"--paper {ALL}", using(tt_si, f"--paper {ALL}"))
 PAPER = ("the paper's setting", "--paper", below_tau(tt_si, f"--paper {ALL}"))
+
+FULL = below_tau(on_pairs, f"{ALL} --adapt full", "its own")
+SAME_FULL = ("--adapt full, the same pairs", "--adapt full", FULL)
 
 MAIN = [
     TT_SI,
@@ -632,11 +615,7 @@ CONTROLS = [
     ITSELF,
     ("tools in the file's order", "--no-shuffle", using(tt_si, "--no-shuffle")),
     PAPER,
-    (
-        "--adapt full, the same pairs",
-        "--adapt full",
-        below_tau(on_pairs, f"{ALL} --adapt full", "its own"),
-    ),
+    SAME_FULL,
 ]
 DOSE = [(f"{n} % shifted", f"`dose`, {n} %", below_tau(dose, n)) for n in (0, 30, 60, 100)]
 DOSE.append(("0 % shifted, adapt all", "`dose`, 0 %", using(dose, 0)))
@@ -662,7 +641,7 @@ def other_certainty(label, which):
 UNCERTAINTY = [
     ("margin of the names (the paper)", ALL, EVERYONE),
     other_certainty("the same, mean-normalised", "mean"),
-    other_certainty("perplexity of the direct answer", "answer"),
+    other_certainty("perplexity of the direct answer", "1 / perplexity"),
     other_certainty(f"margin of whole calls: the answer and {VOTES} sampled", "calls"),
 ]
 TUNE = [(f"vote, temperature {t}", "`majority`", using(majority, VOTES, t)) for t in (0.5, 1, 1.5)]
@@ -681,6 +660,7 @@ REAL_VOTE = using(majority, REAL_VOTES, VOTE_T)
 REAL_SFT = fine_tuning(f"SFT, {DEV_LABELS} labels of dev", "pool", DEV_LABELS, REAL_SFT_LR)
 REAL_CONTROLS = [
     TT_SI,
+    SAME_FULL,
     ANOTHERS,
     NEAREST,
     ICL,
@@ -696,7 +676,11 @@ REAL_CONTROLS = [
     versus("TT-SI against the vote", OURS, REAL_VOTE),
     versus("TT-SI against SFT", OURS, REAL_SFT[2]),
 ]
-TUNE_REAL = [fine_tuning(f"SFT, 140 labels, lr {lr}", "pool", 140, lr) for lr in (3e-4, 1e-3)]
+TUNE_REAL = []
+for lr in (3e-4, 1e-3, 3e-3):
+    TUNE_REAL.append(fine_tuning(f"SFT, 140 labels, lr {lr}", "pool", 140, lr))
+for t in (0.5, 1):
+    TUNE_REAL.append((f"vote, temperature {t}", "`majority`", using(majority, REAL_VOTES, t)))
 OWN, BENCHMARKS = (
     {"own world": ["test"]},
     {  # place -> the names of its files
@@ -722,18 +706,7 @@ GROUPS = {  # group -> (places, seeds, items or 0: all, lines)
 
 
 # ------------------------------------------------------------------------------------ running
-def ranked(runs):
-    """Rows of --tau 2 -> what their "margin" is worth: AUROC, and accuracy if the least certain
-    60 % are adapted."""
-    chosen = []
-    for rows in runs:
-        margins = [figures.margin(row) for row in rows]
-        least = sorted(range(len(rows)), key=margins.__getitem__)[: int(0.6 * len(rows))]
-        chosen.append(gate(rows, [i in least for i in range(len(rows))]))
-    return figures.pooled(chosen) | {"every tau": [figures.every_tau(rows) for rows in runs]}
-
-
-SHOW = {"uncertainty": (ranked, figures.uncertainties)}
+SHOW = {"uncertainty": (figures.ranked, figures.uncertainties)}
 
 
 def runs_of(args, group):
@@ -766,13 +739,6 @@ def rows_of(rows, labs, names, seed):
     return [row for name in names for row in rows(labs[name], seed)]
 
 
-def several_tools(places):
-    """The same rows of each seed, without the items that offer one tool."""
-    return {
-        p: [[r for r in rows if len(r["logp"]) > 1] for rows in runs] for p, runs in places.items()
-    }
-
-
 def numbers(group, runs):
     """-> {label: {place: numbers}}, and the mean over the places where there are several."""
     measure, _ = SHOW.get(group, (figures.pooled, figures.markdown))
@@ -802,7 +768,7 @@ def parse_arguments(argv):
         "--data", nargs="*", default=[], help="real: labelled files, the first for controls"
     )
     p.add_argument("--pool", nargs="*", default=[], help="other labelled files, for SFT and TTT-NN")
-    p.add_argument("--base", default="", help="the model before it was taught to call tools")
+    p.add_argument("--base", default="models/smollm2-135m", help="real: the model as it came")
     p.add_argument("--teacher", default="", help="who writes the pairs of TT-D")
     p.add_argument(
         "--flags", default=None, help="of ttsi.py; default: none; real: --dtype bfloat16"
@@ -816,9 +782,15 @@ def parse_arguments(argv):
     p.add_argument("--limit", type=int, default=0, help="items of each file")
     p.add_argument("--quick", action="store_true", help="10 items of dev, one seed; keeps nothing")
     args = p.parse_args(argv)
-    real = any("real" in group for group in args.groups)
-    changed = args.limit or args.seeds or args.only or args.quick or args.flags
-    args.public = not (changed or args.model) and args.rows == str(ROWS)
+    kinds = {"real" in group for group in args.groups} or {False}
+    ttsi.need(len(kinds) == 1, "own and real groups want two commands")
+    real, flags = kinds == {True}, args.flags or ""
+    ttsi.need("--tau" not in flags and "--seed" not in flags, "--flags: neither --tau nor --seed")
+    known = {name for places, *_ in GROUPS.values() for name in sum(places.values(), [])}
+    changed = args.limit or args.seeds or args.only or args.quick or args.flags or args.teacher
+    changed = changed or {Path(path).stem for path in args.data} - known
+    args.public = not changed and args.rows == str(ROWS)
+    args.public &= Path(args.model).name == "smollm2-tools" if args.model else True
     args.model = args.model or ("models/smollm2-tools" if real else ttsi.Config.model)
     if args.flags is None:
         args.flags = "--dtype bfloat16" if real else ""
@@ -865,7 +837,9 @@ def made_of_rows(args, group):
     found = numbers(group, runs)
     tables = {group: show(found) if found else "No rows yet.\n"}
     if group == "real":
-        several = {label: (by, several_tools(places)) for label, (by, places) in runs.items()}
+        several = {
+            label: (by, figures.several_tools(places)) for label, (by, places) in runs.items()
+        }
         tables["real several"] = show(numbers(group, several)) if found else tables[group]
     return tables, drawn(group, found)
 

@@ -10,25 +10,74 @@ from collections import Counter
 import torch
 
 KINDS = ("name", "call")
+TAU = 0.95  # the default of ttsi.py
 
 
-# --------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------- rows of other rows
 def margin(row):
     """Its margin; 2 where there is none: such a sample is never adapted."""
     return 2.0 if row["margin"] is None else row["margin"]
 
 
-def signs(wins, losses):
-    """Two-sided exact sign test: how likely is a split as uneven as this by chance alone?"""
-    n, k = wins + losses, min(wins, losses)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+def instead(row, text, right, decision, cost):
+    """A row that is answered with this text, graded `right`, at this cost; without any pair."""
+    answered = {"answer": text, "scores": row["scores"] | {"answer": right}, "decision": decision}
+    nothing = {"drafts": [], "pairs": [], "loss": []}
+    return row | nothing | answered | {"cost": cost | spent(row, "direct")}
 
 
+def spent(row, *stages):
+    """What these stages of a row cost."""
+    return {stage: row["cost"][stage] for stage in stages if stage in row["cost"]}
+
+
+def gate(rows, chosen):
+    """Rows of a run with --tau 2 -> rows as if only the chosen samples had been adapted. Each was
+    answered both ways, and samples do not touch each other."""
+    out = []
+    for row, adapt in zip(rows, chosen, strict=True):
+        if not adapt and row["cost"]:
+            cost = spent(row, "score") | {"answer": row["cost"]["direct"]}  # prompt included
+            row = instead(row, row["direct"], row["scores"]["direct"], "certain", cost)
+        out.append(row)
+    return out
+
+
+def uncertain(rows, tau=TAU):
+    return gate(rows, [margin(row) < tau for row in rows])
+
+
+def certain(rows, tau=TAU):
+    return gate(rows, [margin(row) >= tau for row in rows])
+
+
+def against(rows, others):
+    """Rows in which "direct" is another run, so that the difference is the one to that."""
+    found, out = {row["id"]: row for row in others}, []
+    for row in rows:
+        other = found[row["id"]]["scores"]["answer"]
+        out.append(row | {"scores": row["scores"] | {"direct": other}})
+    return out
+
+
+def several_tools(places):
+    """The same rows of each seed, without the items that offer one tool, and places of such."""
+    out = {}
+    for place, runs in places.items():
+        several = [[row for row in rows if row["offered"] > 1] for rows in runs]
+        if several[0]:
+            out[place] = several
+    return out
+
+
+# --------------------------------------------------------------------------------- statistics
 def auroc(values, right):
     """The probability that a right one has the higher value; ties count half. None where all are
     right, or none."""
-    high = torch.tensor([v for v, r in zip(values, right, strict=True) if r])
-    low = torch.tensor(sorted(v for v, r in zip(values, right, strict=True) if not r))
+    high = torch.tensor([v for v, r in zip(values, right, strict=True) if r], dtype=torch.double)
+    low = torch.tensor(
+        sorted(v for v, r in zip(values, right, strict=True) if not r), dtype=torch.double
+    )
     if not len(high) or not len(low):
         return None
     below = torch.searchsorted(low, high) + torch.searchsorted(low, high, right=True)
@@ -44,12 +93,12 @@ def changes(runs, kind):
     return out
 
 
-def resampled(change, resamples=10_000):
+def resampled(change, seed=0, resamples=10_000):
     """Bootstrap by list of tools, whose items are not independent -> (resamples,) means."""
     lists = [torch.tensor(items).double() for items in change.values()]
     total = torch.stack([items.sum() for items in lists])
     count = torch.tensor([len(items) for items in lists])
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(lists), (resamples, len(lists)), generator=g)
     return total[drawn].sum(1) / count[drawn].sum(1)
 
@@ -102,7 +151,7 @@ def pooled(runs):
         out[f"{kind} difference"] = difference_of(change, resampled(change))
     gains = [c for items in change.values() for c in items]  # of calls
     out["better"], out["worse"] = sum(c > 0 for c in gains), sum(c < 0 for c in gains)
-    out["p"] = signs(out["better"], out["worse"])
+    out["lists"] = len(change)
     by_seed = [
         statistics.mean(c for items in changes([r], "call").values() for c in items) for r in runs
     ]
@@ -128,6 +177,17 @@ def cost_of(row, unit):
     return sum(value[unit] for stage, value in row["cost"].items() if stage != "direct")
 
 
+def ranked(runs):
+    """Rows of --tau 2 -> what their "margin" is worth: AUROC, and accuracy if the least certain
+    60 % are adapted."""
+    chosen = []
+    for rows in runs:
+        margins = [margin(row) for row in rows]
+        least = sorted(range(len(rows)), key=margins.__getitem__)[: int(0.6 * len(rows))]
+        chosen.append(gate(rows, [i in least for i in range(len(rows))]))
+    return pooled(chosen) | {"every tau": [every_tau(rows) for rows in runs]}
+
+
 def mean_of(places):
     """Rows of several seeds for each place -> the numbers of the mean over places, as the paper
     has it: each weighs the same."""
@@ -135,7 +195,8 @@ def mean_of(places):
     for side in ("direct", "answer"):
         out[side] = {kind: statistics.mean(r[side][kind] for r in found) for kind in KINDS}
     for kind in KINDS:
-        means = torch.stack([resampled(changes(runs, kind)) for runs in places]).mean(0)
+        drawn = [resampled(changes(runs, kind), seed) for seed, runs in enumerate(places)]
+        means = torch.stack(drawn).mean(0)
         points = statistics.mean(r[f"{kind} difference"]["points"] for r in found)
         low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
         out[f"{kind} difference"] = {"points": points, "interval": [low, high]}
@@ -154,16 +215,8 @@ def difference(r, kind="call"):
 
 
 HEAD = ("", "by", "names", "calls", "names, difference [95 %]", "calls, difference [95 %]")
-HEAD += (
-    "better / worse",
-    "p",
-    "s.d.",
-    "adapted",
-    "drafts kept",
-    "seconds",
-    "tokens",
-    "labels, once",
-)
+HEAD += ("better / worse", "lists of tools", "s.d.", "adapted", "drafts kept")
+HEAD += ("seconds", "tokens", "labels, once")
 
 
 def markdown(found):
@@ -176,7 +229,7 @@ def markdown(found):
             cells += [f"{r['direct'][k]:.1f} -> {r['answer'][k]:.1f}" for k in KINDS]
             cells += [difference(r, kind) for kind in KINDS]
             cells.append(f"{r['better']} / {r['worse']}")
-            cells.append("" if "p" not in r else "< 0.001" if r["p"] < 0.001 else f"{r['p']:.3f}")
+            cells.append(str(r.get("lists", "")))
             cells.append(f"{r['sd']:.1f}" if r.get("sd") is not None else "")
             cells.append(f"{r['adapted']:.0f}/{r['n']}")
             kept_drafts, drafts = r.get("drafts kept", (0, 0))
