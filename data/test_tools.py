@@ -763,7 +763,7 @@ def test_rows_of_two_makers_are_packed_together(tmp_path):
     path, head = tmp_path / "x.jsonl", {"method": "m"}
     path.touch()
     experiments.pack(path, [head, {"id": "a"}])
-    ttsi.save(path, ['{"id": "b"}', '{"id": "c'])
+    path.write_text('{"id": "b"}\n{"id": "c')
     assert experiments.read_rows(path) == (head, {"a": {"id": "a"}, "b": {"id": "b"}})
     ttsi.save(path, ['{"method": "another"}', '{"id": "b"}'])
     with pytest.raises(ttsi.InputError, match="several kinds"):
