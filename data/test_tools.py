@@ -854,6 +854,36 @@ def test_the_tables_and_figures_are_those_of_the_rows(capsys):
     assert shown, "there are no rows"
 
 
+def test_the_headline_is_of_the_rows(capsys):
+    """The line of the real model, and the statement on free drafts."""
+    said = (HERE.parent / "README.md").read_text()
+    choose.table(60, 200)
+    out = capsys.readouterr().out
+    direct, two = (re.search(rf"^\| {cell} \|.*", out, re.M)[0] for cell in ("direct", "two"))
+    before, after = (line.split(" | ")[3] for line in (direct, two))
+    change = re.search(r"call (\S+ \[.*?\])", two)[1]
+    assert f"| {before} | {after} | {change} |" in said, "the headline is another"
+    choose.table(0, 60)
+    free = re.search(r"^\| free \|.*call (\S+ \[.*?\])", capsys.readouterr().out, re.M)[1]
+    assert f"({free}, 60 items)" in said.replace("\n", " "), "another of free drafts"
+
+
+@slow
+@pytest.mark.parametrize("data", ["demo", "dev"])
+def test_the_readme_shows_what_a_run_says(data, capsys):
+    said = (HERE.parent / "README.md").read_text()
+    summary = ttsi.main(["--data", str(HERE / f"{data}.jsonl")])
+    if data == "dev":
+        before, after = (summary[side]["call"] for side in ("direct", "TT-SI"))
+        points, low, high, *_ = summary["difference"].values()
+        line = f"| {before:.1f} | {after:.1f} | {points:+.1f} [{low:+.1f}, {high:+.1f}] |"
+        assert line in said, "the own world's headline is another"
+        return
+    lines = [line for line in capsys.readouterr().out.splitlines() if "seconds" not in line]
+    for line in filter(None, lines):
+        assert f"\n{line}\n" in said, f"README lacks: {line}"
+
+
 def test_publishing_replaces_what_is_between_the_marks_and_no_more(tmp_path):
     file, marks = tmp_path / "README.md", "a\n<!-- table {} -->\nold\n<!-- end -->\nz\n"
     file.write_text("".join(marks.format(group) for group in ("real", "real several")))
