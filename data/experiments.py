@@ -41,6 +41,7 @@ import ttsi  # noqa: E402
 
 # --------------------------------------------------------------------------------------- rows
 ROWS = HERE / "results" / "rows"
+SIDES = ("direct", "answer")
 ALL = "--tau 2"  # everyone is adapted; who would be, at any tau, is chosen afterwards (`gate`)
 ELSEWHERE = ("model", "data", "output", "pairs", "teacher", "limit", "trace", "device", "seed")
 
@@ -165,13 +166,28 @@ def slim(row, sample):
     """A row as it is kept: rounded, without a benchmark's texts or what its pair says again; and
     which list of tools it is of."""
     names = sorted(tool["name"] for tool in sample["tools"])
-    row = row | {"tools": digest_of(names), "offered": len(names)}
+    row = row | {"tools": digest_of(names), "offered": len(names), "right": sample["call"]["name"]}
+    row["faults"] = {side: fault_of(row[side], sample) for side in SIDES if side in row}
     if "margin" in row:
         row["logp"] = {name: rounded(value) for name, value in row["logp"].items()}
         row["loss"] = [*map(rounded, row["loss"])]
         row["cost"] = {k: [round(s, 3), n] for k, (s, n) in row["cost"].items()}
         row["drafts"] = [draft | {"text": draft_text(draft)} for draft in row["drafts"]]
     return json.loads(json.dumps(row), parse_constant=lambda name: None)
+
+
+def fault_of(text, sample):
+    """What is wrong with an answer; "" where it is right."""
+    if ttsi.grade(text, sample)["call"]:
+        return ""
+    call, right = ttsi.to_call(ttsi.parse(text)[0]), sample["call"]
+    if not call:
+        return "no call"
+    if call["name"] != right["name"]:
+        return "another tool"
+    if right["arguments"].keys() - call["arguments"].keys():
+        return "an argument missing"
+    return "another value" if call["arguments"].keys() <= right["arguments"].keys() else "too many"
 
 
 def rounded(value):
@@ -840,6 +856,8 @@ def made_of_rows(args, group):
         several = {
             label: (by, figures.several_tools(places)) for label, (by, places) in runs.items()
         }
+        _, adapted = runs.get(ADAPT_ALL[0], ("", {}))
+        tables["real chain"] = figures.chains(adapted) if adapted else "No rows yet.\n"
         tables["real several"] = show(numbers(group, several)) if found else tables[group]
     return tables, drawn(group, found)
 

@@ -39,6 +39,7 @@ def gate(rows, chosen):
         if not adapt and row["cost"]:
             cost = spent(row, "score") | {"answer": row["cost"]["direct"]}  # prompt included
             row = instead(row, row["direct"], row["scores"]["direct"], "certain", cost)
+            row["faults"] = dict.fromkeys(("direct", "answer"), row["faults"]["direct"])
         out.append(row)
     return out
 
@@ -265,6 +266,45 @@ def uncertainties(found):
             cells = [label, r["by"], *areas, f"{r['answer']['call']:.1f}", difference(r)]
             text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
+
+
+def chains(places):
+    """Rows of --tau 2 for each place, of the first seed -> where the chain of H, G and T holds:
+    tables of what each does to the uncertain, and of what is wrong before and after."""
+    head = ["", "uncertain", "direct wrong, of these", "of the others", "have pairs"]
+    head += ["a pair calls the right tool", "answered otherwise", "repaired", "broken"]
+    text, faults = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"], {}
+    for place, (rows, *_) in places.items():
+        low = [row for row in rows if margin(row) < TAU]
+        others = [row for row in rows if margin(row) >= TAU]
+        adapted = [row for row in low if row["decision"] == "adapted"]
+        named = [any(p["call"]["name"] == r["right"] for p in r["pairs"]) for r in adapted]
+        changed = [row for row in adapted if row["answer"] != row["direct"]]
+        change = [r["scores"]["answer"]["call"] - r["scores"]["direct"]["call"] for r in changed]
+        cells = [place, share(low, rows)]
+        cells += [share([r for r in part if r["faults"]["direct"]], part) for part in (low, others)]
+        cells += [share(adapted, low), share([n for n in named if n], adapted)]
+        cells += [share(changed, adapted), change.count(1), change.count(-1)]
+        text.append("| " + " | ".join(map(str, cells)) + " |")
+        before = Counter(row["faults"]["direct"] for row in rows)
+        after = Counter(row["faults"]["answer"] for row in uncertain(rows))
+        faults[place] = {kind: (before[kind], after[kind]) for kind in [*before | after] if kind}
+    kinds = sorted({kind for found in faults.values() for kind in found})
+    text += [
+        "",
+        f"| wrong, direct -> TT-SI | {' | '.join(kinds)} |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
+    for place, found in faults.items():
+        cells = ["{} -> {}".format(*found.get(kind, (0, 0))) for kind in kinds]
+        text.append(f"| {place} | {' | '.join(cells)} |")
+    return "\n".join(text) + "\n"
+
+
+def share(part, whole):
+    return f"{len(part)}/{len(whole)}" + (
+        f", {100 * len(part) / len(whole):.0f} %" if whole else ""
+    )
 
 
 # ------------------------------------------------------------------------------------ figures

@@ -233,6 +233,7 @@ def scored(*calls, decision="adapted"):
         cost = {"answer": [2.0, 30], "direct": [1.0, 10]}
         row = {"id": str(i), "margin": i / 9, "logp": {"f": 0.0, "g": 0.0}, "drafts": []}
         row["tools"] = str(i)
+        row["faults"] = {"direct": "" if direct else "x", "answer": "" if answer else "x"}
         rows.append(row | {"decision": decision, "scores": scores, "cost": cost})
     return rows
 
@@ -770,8 +771,34 @@ def test_rows_of_two_makers_are_packed_together(tmp_path):
         experiments.read_rows(path)
 
 
+def test_what_is_wrong_is_told_from_the_label():
+    right = {"call": {"name": "f", "arguments": {"a": 1, "b": 2}}}
+    told = {call("f", a=1, b="2"): "", "no": "no call", call("g", a=1, b=2): "another tool"}
+    told |= {call("f", a=1): "an argument missing", call("f", a=1, b=3): "another value"}
+    told[call("f", a=1, b=2, c=3)] = "too many"
+    for text, fault in told.items():
+        assert experiments.fault_of(text, right) == fault, f"{text}: told otherwise"
+
+
+def test_where_the_chain_holds_by_hand():
+    """Five items: repaired, broken, changed and still wrong, no pair, certain and right."""
+    rows = scored((0, 1), (1, 0), (0, 0), (0, 0), (1, 1))
+    for i, row in enumerate(rows):
+        name = "f" if i else "g"
+        row |= {"margin": 0.99 if i == 4 else 0.5, "right": "g", "direct": "d"}
+        row |= {"answer": "a" if i < 3 else "d", "pairs": [{"call": {"name": name}}]}
+        row["decision"] = "no pair" if i == 3 else "adapted"
+    line = figures.chains({"here": [rows]}).splitlines()[2]
+    want = (
+        "| here | 4/5, 80 % | 3/4, 75 % | 0/1, 0 % | 3/4, 75 % | 1/3, 33 % | 3/3, 100 % | 1 | 1 |"
+    )
+    assert line == want, "counted otherwise"
+    assert "| here | 3 -> 3 |" in figures.chains({"here": [rows]}), "other faults"
+
+
 def test_a_row_that_is_not_finite_is_kept():
-    sample, row = {"tools": [{"name": "f"}]}, {"margin": None, "logp": {"f": None}, "cost": {}}
+    sample = {"tools": [{"name": "f"}], "call": {"name": "f", "arguments": {}}}
+    row = {"margin": None, "logp": {"f": None}, "cost": {}}
     row |= {"loss": [None, 0.12345], "drafts": []}
     kept = experiments.slim(row, sample)
     assert kept["loss"] == [None, 0.1235] and kept["logp"] == {"f": None}, "another row"
