@@ -964,8 +964,8 @@ def test_all_experiments_run_quickly(capsys, monkeypatch):
 def test_the_real_experiments_run_on_anyones_files(tmp_path, capsys):
     lines = (HERE / "dev.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "mine.jsonl").write_text("".join(lines[:3]))
-    (tmp_path / "pool.jsonl").write_text("".join(lines))
-    where = ["--data", str(tmp_path / "mine.jsonl"), "--pool", str(tmp_path / "pool.jsonl")]
+    pool = [str(HERE / f"{split}.jsonl") for split in ("dev", "demo")]
+    where = ["--data", str(tmp_path / "mine.jsonl"), "--pool", *pool]
     model = ["--model", str(HERE / "model"), "--base", str(HERE / "model"), "--flags=--epochs 2"]
     experiments.main(["real", *where, *model, "--quick", "--limit", "2"])
     text = "\n" + capsys.readouterr().out
