@@ -266,7 +266,7 @@ def main(argv=None):
         "cells", nargs="*", metavar="CELL", help=f"of {', '.join([*CELLS, SCORES])}"
     )
     parser.add_argument("--model", default="", help="where a CELL is given")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", default="", help="the same; without, tables of kept rows alone")
     parser.add_argument("--pool", nargs="*", default=[], help="labelled files, for neighbours")
     parser.add_argument("--limit", type=int, default=60)
     parser.add_argument("--skip", type=int, default=0, help="items that the table leaves out")
@@ -276,7 +276,7 @@ def main(argv=None):
     unknown = set(args.cells) - {SCORES, *CELLS}
     if unknown:
         parser.error(f"no cell {unknown}")
-    samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values())
+    samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values()) if args.data else []
     pool, samples = samples, samples[: args.limit]
     for path in args.pool:
         pool += ttsi.read_jsonl(path, ttsi.to_sample).values()
@@ -290,7 +290,8 @@ def main(argv=None):
             else:
                 make_rows(args, cell, model, tok, samples, pool)
     table(args.skip, args.limit)
-    seeds(samples)
+    if samples:
+        seeds(samples)
 
 
 if __name__ == "__main__":
