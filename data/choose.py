@@ -122,11 +122,16 @@ def certain(row, tau=ttsi.Config.tau):
 
 
 def to_row(result, sample):
+    """A Result -> a row, without a benchmark's texts."""
     row = dataclasses.asdict(result) | {"scores": ttsi.grade(result.answer, sample)}
     row["logp"] = {name: round(value, 3) for name, value in row["logp"].items()}
     row["cost"] = {k: [round(s, 2), tokens] for k, (s, tokens) in row["cost"].items()}
     for pair in row["pairs"]:
-        pair.pop("sample", None)
+        if "sample" in pair:  # a benchmark's text
+            pair.clear()
+    for draft in row["drafts"]:
+        if "copy" in draft["verdict"]:
+            draft["text"] = ""
     return json.loads(json.dumps(row), parse_constant=lambda name: None)
 
 
