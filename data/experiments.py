@@ -79,10 +79,13 @@ class Lab:
 
     @functools.cached_property
     def pool(self):
-        """Labelled samples, none with a request of this file's."""
-        own = {request_of(sample) for sample in self.samples.values()}
-        files = [ttsi.read_jsonl(path, ttsi.to_sample) for path in self.args.pool]
-        return [s for file in files for s in file.values() if request_of(s) not in own]
+        """Labelled samples, none with a request of this file's, or minutes of tools to read."""
+        own, out = {request_of(sample) for sample in self.samples.values()}, []
+        for path in self.args.pool:
+            for sample in ttsi.read_jsonl(path, ttsi.to_sample).values():
+                if request_of(sample) not in own and len(ttsi.dumps(sample["tools"])) < 5000:
+                    out.append(sample)
+        return out
 
     def inputs(self, cfg, more):
         """What rows depend on and their flags do not say, by what it is, wherever it lies."""
@@ -638,12 +641,9 @@ DOSE.append(("0 % shifted, adapt all", "`dose`, 0 %", using(dose, 0)))
 BEYOND = [flagged(f"a pair for each of {k} tools", f"--k {k}") for k in (3, 4)]
 BEYOND += [flagged(f"free, K = {n}, of {n} drafts", f"{FREE} {n} --k {n}") for n in (2, 4, 8)]
 BEYOND += [flagged(f"free, closest of {n} drafts", f"{FREE} {n}") for n in (2, 8, 16)]
-for source, label in (
-    ("alike", "drafts that the model answers alike"),
-    ("otherwise", "the others"),
-):
+for source, told in (("alike", "drafts that the model answers alike"), ("otherwise", "the others")):
     rows = below_tau(on_pairs, ALL, source)
-    BEYOND.append((f"round trip: {label}", "`answered_alike`", rows))
+    BEYOND.append((f"round trip: {told}", "`answered_alike`", rows))
 for share in (20, 40, 60):
     label = f"tau by budget: {share} % of other items' margins below it"
     BEYOND.append((label, "`within_budget`", using(within_budget, share / 100)))
@@ -697,14 +697,9 @@ for lr in (3e-4, 1e-3, 3e-3):
     TUNE_REAL.append(fine_tuning(f"SFT, 140 labels, lr {lr}", "pool", 140, lr))
 for t in (0.5, 1):
     TUNE_REAL.append((f"vote, temperature {t}", "`majority`", using(majority, REAL_VOTES, t)))
-OWN, BENCHMARKS = (
-    {"own world": ["test"]},
-    {  # place -> the names of its files
-        "Seal-Tools": ["canonical_294"],
-        "ToolAlpaca": ["canonical_real"],
-        "API-Bank": ["canonical_l1", "canonical_l2"],
-    },
-)
+# place -> the names of its files
+OWN, BENCHMARKS = {"own world": ["test"]}, {"Seal-Tools": ["canonical_294"]}
+BENCHMARKS |= {"ToolAlpaca": ["canonical_real"], "API-Bank": ["canonical_l1", "canonical_l2"]}
 SEAL = {"Seal-Tools": BENCHMARKS["Seal-Tools"]}
 GROUPS = {  # group -> (places, seeds, items or 0: all, lines)
     "main": (OWN, 5, 0, MAIN),
