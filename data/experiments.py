@@ -130,6 +130,7 @@ class Lab:
         if path.exists():
             _, rows = read_rows(path)  # another process may have made some
             rows = {i: rows[i] for i in self.samples if i in rows}
+            ttsi.need(all(s["id"] in rows for s in samples), f"{path}: rows were lost; once more")
             pack(path, [what, *rows.values()])
         return rows
 
@@ -521,7 +522,8 @@ def judged(lab, seed, which, values, *more):
     """Rows of --tau 2 with another certainty in place of the margin."""
     found = {row["id"]: row for row in values(lab, seed, *more)}
     rows = tt_si(lab, seed, ALL)
-    return [row | {"margin": found[row["id"]].get(which, row["margin"])} for row in rows]
+    told = {row["id"]: found[row["id"]][which] if row["cost"] else None for row in rows}
+    return [row | {"margin": told[row["id"]]} for row in rows]
 
 
 @composed

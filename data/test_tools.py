@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -517,6 +518,7 @@ def test_votes_and_pass_at_n_by_hand(lab, monkeypatch):
         assert row["scores"]["answer"]["call"] == (winner == F12), f"{row['id']}: graded wrong"
         assert chosen["scores"]["answer"]["call"] == right, f"{row['id']}: pass@5 is wrong"
         assert row["cost"]["answer"] == [2.0, 30], f"{row['id']}: the votes cost otherwise"
+        assert set(row["cost"]) == {"prefill", "answer", "direct"}, "the prompt is read, too"
     texts = experiments.distinct([F12, G12, F12_AS_TEXT, "x", "x"])
     assert texts == [F12, G12, "x"], "one text of each call, in order"
 
@@ -690,6 +692,7 @@ def test_the_nearest_pair_gives_its_tool_and_trains_nothing(lab):
         if all(not part for part in only if part is not only[said.index(used)]):
             assert only[said.index(used)] or used == said[0], f"{row['id']}: not the nearest"
         assert "train" not in row["cost"], f"{row['id']}: something was trained"
+        assert row["cost"]["generate"] == was["cost"]["generate"], "the pairs cost nothing"
 
 
 def test_icl_shows_the_pairs_as_earlier_calls_and_trains_nothing(lab):
@@ -697,6 +700,7 @@ def test_icl_shows_the_pairs_as_earlier_calls_and_trains_nothing(lab):
     rows, before = experiments.shown(lab, 0), experiments.tt_si(lab, 0, "--tau 2")
     for row, was, x in zip(rows, before, prepared(lab), strict=True):
         assert "train" not in row["cost"] and not row["loss"], f"{row['id']}: trained"
+        assert row["cost"]["generate"] == was["cost"]["generate"], "the pairs cost nothing"
         told = []
         for pair in was["pairs"]:
             told += [f"user: {pair['request']}", f"call: {json.dumps(pair['call'])}"]
@@ -723,9 +727,11 @@ def test_pairs_that_exceed_the_context_are_not_shown_and_not_counted(lab, monkey
 
 def test_what_is_not_there_is_left_out(lab, tmp_path):
     bare = other(lab, teacher="", kept=True, rows=str(tmp_path))
-    for rows in (experiments.teachers, experiments.as_it_came, experiments.tt_si):
+    for rows in (experiments.as_it_came, experiments.tt_si):
         with pytest.raises(experiments.Skip):
             rows(bare, 0)
+    with pytest.raises(experiments.Skip, match="--teacher"):
+        experiments.teachers(other(lab, teacher=""), 0)
     with pytest.raises(experiments.Skip, match="--pool"):
         experiments.labelled(other(lab, pool=[]), "pool", 3)
     here = other(lab, pool=[lab.data, str(HERE / "dev.jsonl")]).pool
@@ -793,7 +799,11 @@ def test_where_the_chain_holds_by_hand():
         "| here | 4/5, 80 % | 3/4, 75 % | 0/1, 0 % | 3/4, 75 % | 1/3, 33 % | 3/3, 100 % | 1 | 1 |"
     )
     assert line == want, "counted otherwise"
-    assert "| here | 3 -> 3 |" in figures.chains({"here": [rows]}), "other faults"
+    rows = scored((0, 1), (0, 1), (1, 0), (1, 0))
+    for i, row in enumerate(rows):
+        row |= {"margin": 0.99 if i == 3 else 0.5, "right": "g", "pairs": []}
+        row |= {"direct": "d", "answer": "a"}
+    assert "| here | 2 -> 1 |" in figures.chains({"here": [rows]}), "other faults"
 
 
 def test_a_row_that_is_not_finite_is_kept():
@@ -812,6 +822,153 @@ def test_rows_of_other_data_or_weights_are_refused(lab, tmp_path):
         elsewhere = other(lab, rows=str(tmp_path))
         elsewhere.data = str(changed)
         experiments.tt_si(elsewhere, 0, "--tau 0")
+    folder = shutil.copytree(HERE / "model", tmp_path / "there" / "model")
+    with (folder / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ttsi.InputError, match="rows of"):
+        experiments.tt_si(other(lab, model=str(folder), rows=str(tmp_path)), 0, "--tau 0")
+
+
+def test_two_runs_are_compared_item_by_item(lab):
+    ours, theirs = scored((0, 1), (0, 1)), scored((1, 0), (0, 1))[::-1]
+    rows = figures.against(ours, theirs)
+    told = [[row["scores"][side]["call"] for side in ("direct", "answer")] for row in rows]
+    assert told == [[False, True], [True, True]], "not the other run's answers"
+    assert ours == scored((0, 1), (0, 1)), "what is compared has changed"
+    _, _, line = experiments.versus("x", lambda *_: ours, lambda *_: theirs)
+    assert line(lab, 0) == rows, "compared the other way round"
+
+
+def test_a_seed_is_that_of_its_pairs(lab, tmp_path, monkeypatch):
+    seen = []
+
+    def written(lab, seed):
+        seen.append(seed)
+        return {i: {"id": i, "cost": {}, "direct": ""} for i in lab.samples}
+
+    monkeypatch.setattr(experiments, "written", written)
+    experiments.shown(other(lab, rows=str(tmp_path)), 7)
+    assert seen == [7] * 6, "pairs of another seed"
+    assert lab.config(7).seed == 7, "another seed"
+
+
+def test_a_group_is_run_on_all_its_files_and_seeds(monkeypatch):
+    def rows(lab, seed):
+        return [row | {"id": f"{Path(lab.data).stem} {seed}"} for row in scored((0, seed))]
+
+    places = {"p": ["demo"], "q": ["dev", "everyday"]}
+    monkeypatch.setitem(experiments.GROUPS, "x", (places, 2, 5, [("label", "how", rows)]))
+    monkeypatch.setattr(figures, "in_common", list)
+    _, found = experiments.runs_of(experiments.parse_arguments(["x"]), "x")["label"]
+    told = {place: [[r["id"] for r in run] for run in runs] for place, runs in found.items()}
+    want = {"p": [["demo 0"], ["demo 1"]]}
+    want["q"] = [["dev 0", "everyday 0"], ["dev 1", "everyday 1"]]
+    assert told == want, "other files or seeds"
+
+
+def test_who_writes_and_who_answers(lab, tmp_path, monkeypatch):
+    given, changes = [], {"rows": str(tmp_path), "base": str(HERE / "teacher")}
+    few, theirs = other(lab, **changes), (str(HERE / "teacher"), "tok")
+    monkeypatch.setattr(ttsi, "load", lambda name, cfg: (name, "tok"))
+    monkeypatch.setattr(ttsi, "tt_si", lambda *how: given.append((how[0], how[5])))
+    nothing = {"direct": "", "answer": ""}
+    monkeypatch.setattr(ttsi, "to_row", lambda model, tok, s, *_: nothing | {"id": s["id"]})
+    for rows in (experiments.tt_si, experiments.teachers, experiments.as_it_came):
+        rows(few, 0, "--tau 2")
+    own = few.base[0]
+    want = [(own, None), (own, theirs), (theirs[0], None)]
+    assert given == [who for who in want for _ in range(6)], "another writes, or answers"
+
+
+def test_items_of_one_list_of_tools_are_kept_together():
+    rows = scored((0, 1), (1, 1), (1, 0), (0, 1))
+    for row in rows[:3]:
+        row["tools"] = "0"
+    assert figures.changes([rows], "call") == {"0": [100, 0, -100], "3": [100]}
+    f, g, label = {"name": "f"}, {"name": "g"}, {"name": "f", "arguments": {}}
+    row, offers = {"direct": call("g"), "answer": call("f")}, ([f, g], [g, f], [f])
+    one, same, less = (experiments.slim(row, {"tools": t, "call": label}) for t in offers)
+    assert one == same and one["tools"] != less["tools"], "not known by its names"
+    assert (one["offered"], less["offered"], one["right"]) == (2, 1, "f"), "told otherwise"
+    assert one["faults"] == {"direct": "another tool", "answer": ""}, "other faults"
+    rows[0]["offered"], rows[1]["offered"] = 1, 2
+    assert figures.several_tools({"p": [rows[:2]]}) == {"p": [rows[1:2]]}, "one tool is several"
+
+
+def test_a_printed_line_by_hand(monkeypatch):
+    even, ends = torch.linspace(0, 100, 1001).double(), "[+2.5, +97.5]"
+    monkeypatch.setattr(figures, "resampled", lambda *_: even)
+    rows = scored((0, 1), (1, 0), (0, 1), (1, 1), (0, 0))
+    for row, name in zip(rows, (0, 1, 0, 1, 1), strict=True):
+        row["scores"]["direct"]["name"] = bool(name)
+        row["drafts"] = [{"verdict": v} for v in ("kept", "kept", "other")]
+    r = figures.pooled([rows])
+    assert r["auroc"] == pytest.approx({"name": 5 / 6, "call": 1 / 2}), "of other answers"
+    want = f"| x | b | 60.0 -> 100.0 | 40.0 -> 60.0 | +40.0 {ends} | +20.0 {ends} | 2 / 1 | 5 |"
+    line = figures.markdown({"x": {"here": r | {"by": "b"}}}).splitlines()[2]
+    assert line == f"{want}  | 5/5 | 67 % | 2.0x | 3.0x |  |"
+    assert figures.difference(figures.mean_of([[rows], [rows]])) == f"+20.0 {ends}"
+
+
+def test_votes_are_several_and_drawn_as_told(lab, monkeypatch):
+    drawn, told = experiments.sampled(lab, 0, "--temperature 1.5", 5), []
+    assert any(len(set(vote["texts"])) > 1 for vote in drawn), "one draw, five times"
+    monkeypatch.setattr(experiments, "tt_si", lambda *_: [{}] * 6)
+    monkeypatch.setattr(experiments, "sampled", lambda lab, *how: told.append(how) or [{}] * 6)
+    experiments.majority(lab, 3, 5, 1.5)
+    assert told == [(3, "--temperature 1.5", 5)], "drawn otherwise"
+
+
+@slow
+def test_fine_tuning_takes_each_step_afresh_along_a_cosine(lab, monkeypatch):
+    seen = []
+
+    class Seen(torch.optim.AdamW):  # takes no step: each gradient is the first one
+        def step(self, closure=None):
+            (group,) = self.param_groups
+            seen.append((group["lr"], sum(p.grad.abs().sum().item() for p in group["params"])))
+
+    monkeypatch.setattr(torch.optim, "AdamW", Seen)
+    experiments.fine_tuned.__wrapped__(lab, 0, "shifted", 16, 1.0)
+    rates = [(1 + math.cos(math.pi * i / 10)) / 2 for i in range(10)]
+    assert seen == [pytest.approx((rate, seen[0][1]), rel=1e-3) for rate in rates]
+
+
+@pytest.mark.parametrize("kind", ["shifted", "plain"])
+def test_labels_are_with_the_shift_or_without(lab, kind):
+    items = experiments.labelled(lab, kind, 40)
+    rarely = [rare(item["messages"][0]["content"], item["call"])[0] for item in items]
+    assert rarely == [kind == "shifted"] * 40, "the other kind"
+
+
+def test_rows_beyond_the_limit_stay_in_the_files_order(lab, tmp_path):
+    def make(lab, cfg, sample):
+        made.append(sample["id"])
+        return {"id": sample["id"]}
+
+    made, few = [], other(lab, rows=str(tmp_path))
+    whole, (packed,) = few.rows(make, 0), tmp_path.glob("*/*.gz")
+    head, rows = experiments.read_rows(packed.with_suffix(""))
+    packed.unlink()
+    ttsi.save(packed.with_suffix(""), map(ttsi.dumps, [head, *[*rows.values()][::-1]]))
+    for limit in (4, 6):
+        few.limit, few.found = limit, {}
+        assert few.rows(make, 0) == whole[:limit], "not in the file's order"
+    assert len(made) == 6, "rows beyond the limit were lost"
+
+
+def test_each_uncertainty_has_values_of_its_own(lab):
+    rows = [rows(lab, 0) for *_, rows in experiments.UNCERTAINTY]
+    assert len({tuple(r["margin"] for r in each) for each in rows}) == 4, "one is another"
+    assert experiments.at_tau(0.0)[2](lab, 0) == experiments.uncertain(rows[0], 0.0), "another tau"
+
+
+def test_the_least_certain_are_adapted():
+    rows = scored((0, 1), (0, 1), (0, 1), (1, 1), (1, 0))
+    for row in rows:
+        row["direct"] = ""
+    r = figures.ranked([rows[::-1]])
+    assert (r["answer"]["call"], r["adapted"]) == (100, 3), "others are adapted"
 
 
 def test_statistics_of_the_tables():
@@ -878,7 +1035,7 @@ def test_the_tables_and_figures_are_those_of_the_rows(capsys):
                 shown += "|" in table
             for name, figure in drawn.items():
                 assert (HERE / "results" / name).read_text() == figure, f"{name}: {hint}"
-    assert shown, "there are no rows"
+    assert shown or not KEPT_ROWS, "there are rows, and no table"
 
 
 def test_the_headline_is_of_the_rows(capsys):
@@ -1061,7 +1218,7 @@ def test_cells_are_made_once_and_compared_with_the_direct_answer(tmp_path, monke
         assert again < anew, "what was drafted is drafted again"
         assert slower["pairs"] == pairs and slower["drafts"] == drafts, "other pairs"
         assert slower["loss"][:1] == pytest.approx(rows["two"][i]["loss"][:1])
-        assert len(rows["neighbours"][i]["pairs"]) == 3 and len(rows["itself"][i]["pairs"]) == 1
+        assert rows["neighbours"][i]["pairs"] == [{}] * 3 and rows["itself"][i]["pairs"] == [{}]
     right = {True: 0, False: 0}
     for i, row in rows["direct"].items():
         right[False] += row["scores"]["call"] / 6
@@ -1123,6 +1280,23 @@ def test_neighbours_are_of_other_requests_and_have_their_own_tools(tok):
     for sample, shown in ((pairs[0]["sample"], True), (one, False)):
         names = [f'"{tool["name"]}"' in text for tool in sample["tools"]]
         assert all(names) if shown else not all(names), "another's tools"
+    said = one["messages"][0]["content"].partition(" ")[2]
+    near = one | {"messages": [ttsi.turn("user", f"kindly {said}")]}
+    assert choose.neighbours(one, [*others, near])[0]["sample"] == near, "not the nearest"
+
+
+@pytest.mark.parametrize("n", [60, 200])
+def test_the_areas_told_are_those_of_all_pairs(n, capsys):
+    direct, scores = choose.read_rows("direct"), choose.read_rows(choose.SCORES)
+    choose.uncertainties([*direct][:n])
+    told = re.findall(r": (\S+), (\S+)\n", capsys.readouterr().out)
+    rows = [(scores[i]["logp"], r["margin"], r["scores"]) for i, r in [*direct.items()][:n]]
+    for k, kind in enumerate(figures.KINDS):
+        both = [(a, b) for a in rows for b in rows if a[2][kind] > b[2][kind]]
+        areas = [sum((a[v] > b[v]) + (a[v] == b[v]) / 2 for a, b in both) for v in (0, 1)]
+        areas = [f"{area / len(both):.2f}" for area in areas]
+        assert areas == [told[1][k], told[0][k]], f"{kind}: other areas"
+        assert " against ".join(areas) in RESULTS.read_text().replace("the margin's ", ""), kind
 
 
 # -------------------------------------------------------------------------------- the bench
