@@ -28,6 +28,8 @@ import statistics
 import sys
 import time
 import warnings
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -36,6 +38,7 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import ttsi  # noqa: E402
 
@@ -169,7 +172,7 @@ def timed(model, f, *args, **how):
 
 
 def measure(args, samples):
-    """-> ({rival: {id: seconds}}, {part: [seconds]}, {what: [its size]}); all rivals in turn."""
+    """Yields {id, seconds by rival, parts, what is told besides} of each item; rivals in turn."""
     cfg = ttsi.Config(model=args.model, device=args.device, dtype=args.dtype)
     model, tok = ttsi.load(args.model, cfg)
     competent, always = None, dataclasses.replace(cfg, tau=2.0)
@@ -182,50 +185,43 @@ def measure(args, samples):
     def direct(x):
         return ttsi.write(tok, x.ids, ttsi.Prefix(model, x.ids[:-1]), cfg)
 
-    spent, parts, told = {}, {}, {"drafts": [], "kept": [], "adapted": [], "same answer": []}
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     there, here_too = torch.ones(2, size // 2, dtype=torch.uint8, device=model.device)
-    for turn, sample in enumerate(samples[:1] + samples):  # the first warms up
+    for turn, sample in enumerate(progress := tqdm(samples[:1] + samples)):  # the first warms up
         x = ttsi.prepare(tok, sample, cfg)
         result = ttsi.tt_si(model, tok, sample, always)  # seeded: the timed one drafts the same
+        drafts = len(result.drafts)
         last = sorted(result.logp, key=result.logp.get, reverse=True)[: cfg.k][-1]
         rivals = {
-            "generate": lambda x=x: generate(model, tok, cfg, x.ids, called)[0],
-            "direct": lambda x=x: direct(x)[0],
-            "TT-SI, certain": lambda s=sample: ours(s, tau=0.0),
-            "TT-SI, no pair": lambda s=sample, t=last: without_pair(model, tok, s, always, t),
+            "generate": partial(generate, model, tok, cfg, x.ids, called),
+            "direct": partial(direct, x),
+            "TT-SI, certain": partial(ours, sample, tau=0.0),
+            "TT-SI, no pair": partial(without_pair, model, tok, sample, always, last),
         }
         if result.pairs:
-            rivals["TT-SI, adapted"] = lambda s=sample: ours(s, tau=2.0)
-            rivals["TT-SI, adapted, full"] = lambda s=sample: ours(s, tau=2.0, adapt="full")
+            rivals["TT-SI, adapted"] = partial(ours, sample, tau=2.0)
+            rivals["TT-SI, adapted, full"] = partial(ours, sample, tau=2.0, adapt="full")
         if competent and result.pairs:
-            rivals["a competent user's TT-SI"] = lambda s=sample, r=result: competent(
-                s, r.pairs, len(r.drafts)
-            )
+            rivals["a competent user's TT-SI"] = partial(competent, sample, result.pairs, drafts)
         names, here, said = [*rivals], {}, {}
         torch.manual_seed(0)  # of the competent user's drafts
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            progress.set_description(name)
             here[name], said[name] = timed(model, rivals[name])
-            print(f"\r{turn} of {len(samples)}: {name:40}", end="", file=sys.stderr)
         read, _ = timed(model, ttsi.Prefix, model, x.ids[:-1])
         copied = min(timed(model, there.copy_, here_too)[0] for _ in range(3))
         if turn == 0:
             continue
-        for name, seconds in here.items():
-            spent.setdefault(name, {})[sample["id"]] = seconds
-        adapted = said.get("TT-SI, adapted", ttsi.Result(""))
-        for part, (seconds, _) in adapted.cost.items():
-            parts.setdefault(part, []).append(seconds)
-        written = max(1, len(tok(said["direct"], add_special_tokens=False).input_ids))
-        parts.setdefault("a read token", []).append(read / (len(x.ids) - 1))
-        parts.setdefault("a written token", []).append((here["direct"] - read) / written)
-        parts.setdefault("the weights, read once", []).append(copied)  # half read, half written
-        told["drafts"].append(len(result.drafts))
-        told["kept"].append(sum(draft["verdict"] == "kept" for draft in result.drafts))
-        told["adapted"].append(result.decision == "adapted")
-        told["same answer"].append(said["generate"] == said["direct"])
-    print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
-    return spent, parts, told
+        cost = said["TT-SI, adapted"].cost if result.pairs else {}
+        parts = {part: seconds for part, (seconds, _) in cost.items()}
+        written = max(1, len(tok(said["direct"][0], add_special_tokens=False).input_ids))
+        parts["a read token"] = read / (len(x.ids) - 1)
+        parts["a written token"] = (here["direct"] - read) / written
+        parts["the weights, read once"] = copied  # half read, half written
+        told = {"drafts": drafts, "adapted": result.decision == "adapted"}
+        told["kept"] = sum(draft["verdict"] == "kept" for draft in result.drafts)
+        told["same answer"] = said["generate"] == said["direct"]
+        yield {"id": sample["id"], "seconds": here, "parts": parts, "told": told}
 
 
 def over(a, b):
@@ -243,11 +239,22 @@ def show(ratio):
 
 
 def costs(args, samples):
-    """-> (report, lines of text)."""
-    spent, parts, told = measure(args, samples)
-    totals = {what: sum(values) for what, values in told.items()}
+    """-> (report, lines of text). Rows are kept where --output says so, and gone on with."""
+    there = Path(args.output).read_text() if Path(args.output).is_file() else ""
+    rows = {row["id"]: row for row in map(json.loads, there.splitlines())}
+    for row in measure(args, [sample for sample in samples if sample["id"] not in rows]):
+        rows[row["id"]] = row
+        if args.output:
+            ttsi.save(args.output, [ttsi.dumps(row)], "a")
+    spent, parts, totals = {}, {}, Counter()
+    for row in rows.values():
+        totals.update(row["told"])
+        for name, seconds in row["seconds"].items():
+            spent.setdefault(name, {})[row["id"]] = seconds
+        for part, seconds in row["parts"].items():
+            parts.setdefault(part, []).append(seconds)
     text = [
-        f"{len(samples)} items, {args.dtype}, {torch.get_num_threads()} threads; drafts kept"
+        f"{len(rows)} items, {args.dtype}, {torch.get_num_threads()} threads; drafts kept"
         f" {totals['kept']} of {totals['drafts']}, adapted {totals['adapted']}; `generate` and ours"
         f" give the same direct answer {totals['same answer']} times",
         "",
@@ -272,7 +279,7 @@ def costs(args, samples):
         if a in spent and spent[a].keys() & spent.get(b, {}).keys():
             goals.append((a, b, over(spent[a], spent[b]), wanted))
             text.append(f"| {a} / {b} | {show(goals[-1][2])} | {wanted} |")
-    return {"seconds": spent, "parts": parts, "told": told, "goals": goals}, text
+    return {"seconds": spent, "parts": parts, "told": totals, "goals": goals}, text
 
 
 # -------------------------------------------------------------------------------------- growth
@@ -294,17 +301,16 @@ def alone(args, sample, k):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if model.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    found = {part: spent for part, (spent, _) in result.cost.items()}
-    found |= {"all": seconds, "memory": peak, "drafts": len(result.drafts)}
-    return found | {"decision": result.decision}
+    found = {part: spent for part, (spent, _) in result.cost.items()} | {"all": seconds}
+    return found | {"memory": peak, "drafts": len(result.drafts), "decision": result.decision}
 
 
 def grow(args, samples):
     """-> (report, lines): one item, with more tools, a longer request, more pairs."""
     sample, report, stages = samples[0], {}, ("prefill", "score", "generate", "train", "answer")
     text = [f"| | {' | '.join(stages)} | all, seconds | memory |", "|---" * 8 + "|"]
-    sizes = [(5, 0, 2), (10, 0, 2), (40, 0, 2), (5, 200, 2), (5, 0, 4)]
-    for tools, words, k in sizes[:2] if args.quick else sizes:
+    sizes = [(5, 0, 2), (10, 0, 2), (40, 0, 2), (5, 200, 2), (5, 0, 4)][: args.limit]
+    for tools, words, k in sizes:
         more = grown(sample, tools, words, samples[1:])
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found = pool.apply(alone, (args, more, k))
@@ -318,23 +324,21 @@ def grow(args, samples):
 
 def main(argv=None):
     """The command line -> the report, as a dict."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("what", nargs="?", choices=["costs", "grow"], default="costs")
     p.add_argument("--model", default=ttsi.Config.model)
     p.add_argument("--data", default=str(HERE / "dev.jsonl"))
     p.add_argument("--limit", type=int, default=30, help="items")
+    p.add_argument("--output", default="", help="a row for each item goes here; goes on with it")
     p.add_argument("--quick", action="store_true", help="--limit 2")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
     p.add_argument("--json", action="store_true", help="the numbers, in place of the tables")
     args = p.parse_args(argv)
-    if args.quick:
-        args.limit = 2
+    args.limit = 2 if args.quick else args.limit
     warnings.filterwarnings("ignore")  # of PEFT and transformers, about each other
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values())[: args.limit]
     report, text = (grow if args.what == "grow" else costs)(args, samples)
