@@ -175,9 +175,8 @@ def measure(args, samples):
     """Yields {id, seconds by rival, parts, what is told besides} of each item; rivals in turn."""
     cfg = ttsi.Config(model=args.model, device=args.device, dtype=args.dtype)
     model, tok = ttsi.load(args.model, cfg)
-    competent, always = None, dataclasses.replace(cfg, tau=2.0)
-    if importlib.util.find_spec("peft"):
-        competent = Competent(ttsi.load(args.model, cfg)[0], tok, cfg)
+    always, peft = dataclasses.replace(cfg, tau=2.0), importlib.util.find_spec("peft")
+    competent = peft and Competent(ttsi.load(args.model, cfg)[0], tok, cfg)
 
     def ours(sample, **changes):
         return ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, **changes))
@@ -221,6 +220,7 @@ def measure(args, samples):
         told = {"drafts": drafts, "adapted": result.decision == "adapted"}
         told["kept"] = sum(draft["verdict"] == "kept" for draft in result.drafts)
         told["same answer"] = said["generate"] == said["direct"]
+        here = {name: here[name] for name in rivals}
         yield {"id": sample["id"], "seconds": here, "parts": parts, "told": told}
 
 
@@ -242,7 +242,8 @@ def costs(args, samples):
     """-> (report, lines of text). Rows are kept where --output says so, and gone on with."""
     there = Path(args.output).read_text() if Path(args.output).is_file() else ""
     rows = {row["id"]: row for row in map(json.loads, there.splitlines())}
-    for row in measure(args, [sample for sample in samples if sample["id"] not in rows]):
+    missing = [sample for sample in samples if sample["id"] not in rows]
+    for row in measure(args, missing) if missing else ():
         rows[row["id"]] = row
         if args.output:
             ttsi.save(args.output, [ttsi.dumps(row)], "a")
@@ -334,7 +335,6 @@ def main(argv=None):
     p.add_argument("--quick", action="store_true", help="--limit 2")
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="auto")
-    p.add_argument("--json", action="store_true", help="the numbers, in place of the tables")
     args = p.parse_args(argv)
     args.limit = 2 if args.quick else args.limit
     warnings.filterwarnings("ignore")  # of PEFT and transformers, about each other
@@ -342,7 +342,7 @@ def main(argv=None):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values())[: args.limit]
     report, text = (grow if args.what == "grow" else costs)(args, samples)
-    print(json.dumps(report) if args.json else "\n".join(text))
+    print("\n".join(text))
     return report
 
 

@@ -1317,8 +1317,8 @@ def test_the_areas_told_are_those_of_all_pairs(n, capsys):
 # -------------------------------------------------------------------------------- the bench
 def test_the_bench_times_all_rivals_on_all_items(capsys, tmp_path):
     judge, kept = ttsi.judge, ["--output", str(tmp_path / "rows.jsonl")]
-    report = bench.main(["--quick", "--json", *kept])
-    assert json.loads(capsys.readouterr().out).keys() == report.keys()
+    report = bench.main(["--quick", *kept])
+    first = capsys.readouterr().out
     rivals = {"generate", "direct", "TT-SI, certain", "TT-SI, adapted", "TT-SI, no pair"}
     assert report["seconds"].keys() >= rivals
     for name, seconds in report["seconds"].items():
@@ -1327,8 +1327,9 @@ def test_the_bench_times_all_rivals_on_all_items(capsys, tmp_path):
     assert report["parts"].keys() >= {"prefill", "score", "generate", "train", "answer"}
     assert judge is ttsi.judge, "still patched"
     assert [goal[:2] for goal in report["goals"]][:2] == [goal[:2] for goal in bench.GOALS[:2]]
-    assert bench.main(["--quick", *kept])["seconds"] == report["seconds"], "measured again"
-    assert "| TT-SI, adapted | 2 | " in capsys.readouterr().out
+    bench.main(["--quick", *kept])
+    assert capsys.readouterr().out == first, "measured again"
+    assert "| TT-SI, adapted | 2 | " in first
 
 
 def test_the_competent_user_scores_and_trains_as_ttsi_does(tok):
