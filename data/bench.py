@@ -255,7 +255,7 @@ def costs(args, samples):
         for part, seconds in row["parts"].items():
             parts.setdefault(part, []).append(seconds)
     text = [
-        f"{len(rows)} items, {args.dtype}, {torch.get_num_threads()} threads; drafts kept"
+        f"{len(rows)} items, {args.dtype}; drafts kept"
         f" {totals['kept']} of {totals['drafts']}, adapted {totals['adapted']}; `generate` and ours"
         f" give the same direct answer {totals['same answer']} times",
         "",
