@@ -497,7 +497,7 @@ def label_span(tok, sample, cfg):
 @composed
 def sft(lab, cfg, row, x, kind, n, lr):
     """The answer of a model that was fine-tuned once."""
-    parameters, once = fine_tuned(lab, cfg.seed, kind, n, lr)
+    parameters, once = fine_tuned(lab, cfg.seed, kind, 16 if lab.args.quick else n, lr)
     with ttsi.temporary_lora(lab.base[0], cfg, ttsi.draw(0)) as lora:
         with torch.no_grad():
             for p, learned in zip(lora, parameters, strict=True):
