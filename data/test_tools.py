@@ -530,6 +530,7 @@ def test_sampled_answers_become_the_direct_one_without_temperature(lab):
         assert vote["grades"] == [row["scores"]["direct"]] * 5, f"{row['id']}: graded otherwise"
 
 
+@slow
 def test_certainties_by_answers_are_those_of_whole_texts(lab):
     """1 / perplexity of the direct answer, and the margin of the distinct calls."""
     (model, tok), how, several = lab.base, ("--temperature 1.5", 5), 0
@@ -551,6 +552,7 @@ def test_certainties_by_answers_are_those_of_whole_texts(lab):
     assert several, "choose other samples"
 
 
+@slow
 def test_mean_normalised_margins_by_hand(lab):
     """Here each name is a verb, an object and a closing quote: three tokens."""
     how = (experiments.certainties, "--temperature 1.5", 5)
@@ -616,6 +618,7 @@ def test_a_random_subset_is_as_large_as_the_uncertain(lab):
     assert 0 < chosen == n < 6, f"{chosen} are adapted, {n} are uncertain"
 
 
+@slow
 def test_tau_by_budget_is_a_quantile_of_other_margins(lab, tmp_path, monkeypatch):
     lines = (HERE / "dev.jsonl").read_text().splitlines(keepends=True)[:12]
     (tmp_path / "dev.jsonl").write_text("".join(lines))
@@ -631,6 +634,7 @@ def test_tau_by_budget_is_a_quantile_of_other_margins(lab, tmp_path, monkeypatch
         assert chosen == below, f"share {share}: others are adapted"
 
 
+@slow
 def test_given_pairs_are_trained_on_whoever_they_are_of(lab, monkeypatch):
     """The upper bound on its own label, the control on the next item's pairs, with its tools."""
     given, ours = [], ttsi.tt_si
@@ -657,6 +661,7 @@ def test_given_pairs_are_trained_on_whoever_they_are_of(lab, monkeypatch):
     assert out[0]["cost"]["generate"] == generate, "writing them has another cost"
 
 
+@slow
 def test_given_pairs_train_as_written_ones(lab):
     """Its own pairs, read one by one: the answers of the run that wrote them."""
     rows = experiments.tt_si(lab, 0, "--tau 2")
@@ -667,6 +672,7 @@ def test_given_pairs_train_as_written_ones(lab):
     assert ttsi.logprob.__module__ == "ttsi", "a patch outlived its run"
 
 
+@slow
 def test_doses_are_nested(lab):
     rows = {share: experiments.dose(lab, 0, share) for share in (0, 50, 100)}
 
@@ -711,6 +717,7 @@ def test_icl_shows_the_pairs_as_earlier_calls_and_trains_nothing(lab):
     assert digest(model) == untouched, "the base weights were written"
 
 
+@slow
 def test_pairs_that_exceed_the_context_are_not_shown_and_not_counted(lab, monkeypatch, tmp_path):
     few, before = other(lab, rows=str(tmp_path)), experiments.tt_si(lab, 0, "--tau 2")
     monkeypatch.setattr(experiments, "written", lambda *_: {row["id"]: row for row in before})
@@ -738,6 +745,7 @@ def test_what_is_not_there_is_left_out(lab, tmp_path):
     assert len(here) == 200, "a sample that is scored would be trained on"
 
 
+@slow
 def test_rows_are_made_once_whatever_stops_their_making(lab, tmp_path, monkeypatch):
     made, whole = [], experiments.tt_si(lab, 0, "--tau 0")
 
@@ -957,6 +965,7 @@ def test_rows_beyond_the_limit_stay_in_the_files_order(lab, tmp_path):
     assert len(made) == 6, "rows beyond the limit were lost"
 
 
+@slow
 def test_each_uncertainty_has_values_of_its_own(lab):
     rows = [rows(lab, 0) for *_, rows in experiments.UNCERTAINTY]
     assert len({tuple(r["margin"] for r in each) for each in rows}) == 4, "one is another"
@@ -1216,6 +1225,7 @@ def test_native_is_ours_in_the_real_models_template(tok):
     assert text == "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
 
 
+@slow
 def test_cells_are_made_once_and_compared_with_the_direct_answer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(choose, "KEPT", tmp_path)
     flags = f"--model {ttsi.Config.model} --data {HERE / 'dev.jsonl'} --dtype float32 --limit 6"
@@ -1255,6 +1265,7 @@ def test_cells_are_made_once_and_compared_with_the_direct_answer(tmp_path, monke
         choose.main([*flags.split(), "two"])
 
 
+@slow
 @pytest.mark.parametrize("skip,limit", [(0, 60), (0, 200), (60, 200)])
 def test_the_tables_of_the_choice_are_made_of_the_rows(skip, limit, capsys):
     choose.table(skip, limit)
@@ -1268,6 +1279,7 @@ def test_the_tables_of_the_choice_are_made_of_the_rows(skip, limit, capsys):
     assert len(lines) > 3 and set(lines) <= set(out), [line for line in lines if line not in out]
 
 
+@slow
 def test_direct_answers_are_scored_whole(tmp_path, monkeypatch, tok, capsys):
     monkeypatch.setattr(choose, "KEPT", tmp_path)
     flags = f"--model {ttsi.Config.model} --data {HERE / 'dev.jsonl'} --dtype float32 --limit 3"
