@@ -50,6 +50,11 @@ def labelled(sample):
     return {"request": request, "call": sample["call"], "sample": sample}
 
 
+def short(sample):
+    """Can its tools be trained behind in less than minutes?"""
+    return len(ttsi.dumps(sample["tools"])) < 4000  # characters
+
+
 def with_own_tools(pairs):
     """ttsi.py with these pairs, unjudged, for the time of one input. They are read one by one:
     where lists of tools differ in length, so do the places whose logits are needed."""
@@ -285,7 +290,7 @@ def main(argv=None):
     pool, samples = samples, samples[: args.limit]
     for path in args.pool:
         pool += ttsi.read_jsonl(path, ttsi.to_sample).values()
-    pool = [sample for sample in pool if len(ttsi.dumps(sample["tools"])) < 4000]  # minutes each
+    pool = [sample for sample in pool if short(sample)]
     if args.cells:
         model, tok = ttsi.load(args.model, flags_of(args, DIRECT))
         KEPT.mkdir(parents=True, exist_ok=True)

@@ -79,11 +79,11 @@ class Lab:
 
     @functools.cached_property
     def pool(self):
-        """Labelled samples, none with a request of this file's, or minutes of tools to read."""
+        """Labelled samples, none with a request of this file's."""
         own, out = {request_of(sample) for sample in self.samples.values()}, []
         for path in self.args.pool:
             for sample in ttsi.read_jsonl(path, ttsi.to_sample).values():
-                if request_of(sample) not in own and len(ttsi.dumps(sample["tools"])) < 5000:
+                if request_of(sample) not in own:
                     out.append(sample)
         return out
 
@@ -320,7 +320,8 @@ def neighbours(lab, cfg, row, x):
     """TTT-NN: the nearest labelled samples of the pool."""
     if not lab.pool:
         raise Skip("give --pool FILE ..., labelled samples")
-    return choose.neighbours(lab.samples[row["id"]], lab.pool), {}
+    pool = [sample for sample in lab.pool if choose.short(sample)]
+    return choose.neighbours(lab.samples[row["id"]], pool), {}
 
 
 def answered_alike(lab, cfg, row, x, agree=True):
@@ -802,6 +803,8 @@ def parse_arguments(argv):
     known = {name for places, *_ in GROUPS.values() for name in sum(places.values(), [])}
     changed = args.limit or args.seeds or args.only or args.quick or args.flags or args.teacher
     changed = changed or {Path(path).stem for path in args.data} - known
+    folder = not args.model or Path(args.model).is_dir()
+    ttsi.need(folder, f"--model {args.model}: not a folder; save_pretrained makes one")
     args.public = not changed and args.rows == str(ROWS)
     args.public &= Path(args.model).name == "smollm2-tools" if args.model else True
     args.model = args.model or ("models/smollm2-tools" if real else ttsi.Config.model)

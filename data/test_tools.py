@@ -732,6 +732,11 @@ def test_pairs_that_exceed_the_context_are_not_shown_and_not_counted(lab, monkey
     assert figures.pooled([rows])["adapted"] == n < 6, "others count as adapted"
 
 
+def test_a_model_that_is_no_folder_is_told_in_one_line():
+    with pytest.raises(ttsi.InputError, match="Qwen/Qwen3: not a folder"):
+        experiments.parse_arguments(["real", "--model", "Qwen/Qwen3"])
+
+
 def test_what_is_not_there_is_left_out(lab, tmp_path):
     bare = other(lab, teacher="", kept=True, rows=str(tmp_path))
     for rows in (experiments.as_it_came, experiments.tt_si):
