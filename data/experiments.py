@@ -825,54 +825,64 @@ def expanded(group):
     return [g for g in GROUPS if g.startswith("real")] if group == "real" else [group]
 
 
-def drawn(group, found):
-    """The numbers of a group -> {name: figure}, for a group that has some."""
-    place = next(iter(GROUPS[group][0]))
-    rows = {label: places[place] for label, places in found.items() if place in places}
-    if not rows:
-        return {}
-    if group == "dose":
-        shares = {
-            int(label.split()[0]): r for label, r in rows.items() if label.endswith("shifted")
-        }
-        return {"dose.svg": figures.dose_figure(shares)}
-    if group == "uncertainty":
-        return {"tau.svg": figures.tau_figure(next(iter(rows.values()))["every tau"])}
-    lines = [(label, r) for label, r in rows.items() if "against" not in label]
-    return {f"{group}.svg": figures.forest([(f"{place}, {rows_told(rows)}", None), *lines])}
-
-
-def rows_told(rows):
-    r = next(iter(rows.values()))
-    return f"{r['n']} items" + (f", {r['seeds']} seeds" if r["seeds"] > 1 else "")
-
-
-def made_of_rows(args, group):
-    """-> ({name: table}, {name: figure}) of a group."""
-    runs, (_, show) = runs_of(args, group), SHOW.get(group, (None, figures.markdown))
-    found = numbers(group, runs)
-    tables = {group: show(found) if found else "No rows yet.\n"}
+def tables_of(group, runs, found):
+    """-> {name: table} of a group."""
+    _, show = SHOW.get(group, (None, figures.markdown))
+    none = "No rows yet.\n"
+    tables = {group: show(found) if found else none}
     if group == "real":
-        several = {
-            label: (by, figures.several_tools(places)) for label, (by, places) in runs.items()
-        }
+        several = {}
+        for label, (by, places) in runs.items():
+            several[label] = by, figures.several_tools(places)
         _, adapted = runs.get(ADAPT_ALL[0], ("", {}))
-        tables["real chain"] = figures.chains(adapted) if adapted else "No rows yet.\n"
-        tables["real several"] = show(numbers(group, several)) if found else tables[group]
-    return tables, drawn(group, found)
+        tables["real several"] = show(numbers(group, several)) if several else none
+        tables["real chain"] = figures.chains(adapted) if adapted else none
+    return tables
+
+
+FORESTS = {  # name -> groups, and which of their lines; (): all
+    "real.svg": {"real": (TT_SI[0], ADAPT_ALL[0], PAPER[0]), "real-controls": ()},
+    "own.svg": {"main": (), "controls": (), "baselines": (), "beyond": ()},
+}
+CURVES = {"real-tau.svg": ("real", ADAPT_ALL[0]), "own-tau.svg": ("uncertainty", UNCERTAINTY[0][0])}
+
+
+def drawn(runs, found):
+    """Of each group its runs and numbers -> {name: figure}, where all groups of one were asked."""
+    out = {}
+    for name, groups in FORESTS.items():
+        lines = []
+        for group in groups if groups.keys() <= found.keys() else ():
+            lines += figures.forest_lines(group, found[group], groups[group])
+        if lines:
+            out[name] = figures.forest(lines)
+    for name, (group, label) in CURVES.items():
+        _, places = runs.get(group, {}).get(label, ("", {}))
+        if places and places.keys() == GROUPS[group][0].keys():
+            seeds = [sum(rows, []) for rows in zip(*places.values(), strict=True)]
+            out[name] = figures.tau_figure(seeds)
+    shares = {}
+    for label, places in found.get("dose", {}).items():
+        if "all" not in label:
+            shares[int(label.split()[0])] = next(iter(places.values()))
+    if len(shares) > 1:
+        out["dose.svg"] = figures.dose_figure(shares)
+    return out
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     transformers.logging.set_verbosity_error()
+    runs, found = {}, {}
     for group in args.groups:
-        tables, drawings = made_of_rows(args, group)
-        for name, text in tables.items():
+        runs[group] = runs_of(args, group)
+        found[group] = numbers(group, runs[group])
+        for name, text in tables_of(group, runs[group], found[group]).items():
             print(f"\n{name}\n\n{text}", flush=True)
             if args.public:
                 publish(name, text)
-        for name, text in drawings.items() if args.public else ():
-            (HERE / "results" / name).write_text(text, encoding="utf-8")
+    for name, figure in drawn(runs, found).items() if args.public else ():
+        (HERE / "results" / name).write_text(figure, encoding="utf-8")
 
 
 if __name__ == "__main__":

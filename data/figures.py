@@ -186,7 +186,7 @@ def ranked(runs):
         margins = [margin(row) for row in rows]
         least = sorted(range(len(rows)), key=margins.__getitem__)[: int(0.6 * len(rows))]
         chosen.append(gate(rows, [i in least for i in range(len(rows))]))
-    return pooled(chosen) | {"every tau": [every_tau(rows) for rows in runs]}
+    return pooled(chosen)
 
 
 def mean_of(places):
@@ -309,6 +309,7 @@ def share(part, whole):
 
 # ------------------------------------------------------------------------------------ figures
 BLUE, RED, GREY = "#1f5fa8", "#c0392b", "#777"
+HALO = 'stroke="white" stroke-width="3" paint-order="stroke"'  # words before lines
 
 
 def svg(width, height, body):
@@ -358,60 +359,80 @@ class Axes:
 
 def forest(lines):
     """[(label, numbers), or (heading, None)] -> differences of call accuracy with their intervals,
-    one below the other, and what each costs."""
+    one below the other, and what each costs. As narrow as a phone."""
     told = [r["call difference"] for _, r in lines if r]
-    low = 10 * math.floor(min(d["interval"][0] for d in told) / 10)
-    high = 10 * math.ceil(max(d["interval"][1] for d in told) / 10)
-    row, left, width = 24, 330, 330
-    height = row * len(lines)
-    x = {v: f"{v:+d}" if v else "0" for v in range(low, high + 1, 10)}
-    name = "call accuracy: points over direct answers, 95 % interval"
-    a = Axes(left, 40, width, height, x, {0: "", len(lines): ""}, name, "")
+    low = 10 * math.floor(min(0, *(d["interval"][0] for d in told)) / 10)
+    high = 10 * math.ceil(max(0, *(d["interval"][1] for d in told)) / 10)
+    step = 10 if high - low <= 70 else 20
+    row, top, width = 40, 66, 190
+    x = {v: f"{v:+d}" if v else "0" for v in range(step * (low // step), high + step, step)}
+    a = Axes(16, top, width, row * len(lines), x, {0: "", len(lines): ""}, "", "")
+    a.body.append(text_at(10, 20, "Points of call accuracy over direct answers"))
+    a.body.append(text_at(10, 38, "[95 % interval]; x: cost, in direct answers (tokens)"))
+    for v, label in x.items():
+        a.body.append(text_at(a.at(v, 0)[0], top - 6, label, "middle"))
     a.body.append(a.line([(0, 0), (0, len(lines))], GREY, 1))
-    a.body.append(text_at(left + width + 150, 26, "points", "end"))
-    a.body.append(text_at(left + width + 220, 26, "tokens", "end"))
     for i, (label, r) in enumerate(lines):
-        y = 40 + row * (i + 0.5) + 4
+        y = top + row * i
         if not r:
-            a.body.append(text_at(10, y, label, "start", 'font-weight="bold"'))
+            a.body.append(f'<rect x="0" y="{y}" width="400" height="{row}" fill="#eee"/>')
+            a.body.append(text_at(10, y + 25, label, "start", 'font-weight="bold"'))
             continue
         points, ends = r["call difference"]["points"], r["call difference"]["interval"]
-        at = len(lines) - i - 0.5
+        at = len(lines) - i - 0.75
         colour = BLUE if ends[0] > 0 else RED if ends[1] < 0 else GREY
+        a.body.append(text_at(10, y + 16, label, "start", HALO))
         a.dot(points, at, [(end, at) for end in ends], colour)
-        a.body.append(text_at(24, y, label))
-        a.body.append(text_at(left + width + 150, y, difference(r), "end"))
-        a.body.append(text_at(left + width + 220, y, f"{r['tokens ratio']:.1f}x", "end"))
-    return svg(left + width + 240, height + 90, a.body)
+        cost = f"{difference(r)}, {r['tokens ratio']:.1f}x"
+        a.body.append(text_at(390, y + 34, cost, "end"))
+    return svg(400, top + row * len(lines) + 30, a.body)
+
+
+def forest_lines(group, found, only=()):
+    """{label: {place: numbers}} -> [(heading, None), (label, numbers), ...]: the lines of each
+    place, the mean first."""
+    out = []
+    places = dict.fromkeys(place for by_place in found.values() for place in by_place)
+    for place in sorted(places, key=lambda place: place != "mean"):
+        lines = [(label, found[label][place]) for label in found if place in found[label]]
+        lines = [line for line in lines if "against" not in line[0]]
+        lines = [line for line in lines if line[0] in only or not only]
+        if lines:
+            r = lines[0][1]
+            seeds = f", {r['seeds']} seeds" if r.get("seeds", 1) > 1 else ""
+            title = {"mean": "Mean of the benchmarks", "own world": "Own world"}.get(place, place)
+            part = group.removeprefix("real").removeprefix("-")
+            title += f", {part}" if part else ""
+            out += [(f"{title}: {r['n']} items{seeds}", None), *lines]
+    return out
 
 
 def tau_figure(runs):
-    """`every_tau` of each seed -> accuracy and number adapted over tau, on the scale of
+    """Rows of --tau 2 of each seed -> accuracy and share adapted over tau, on the scale of
     -log10(1 - tau)."""
+    found, n = [every_tau(rows) for rows in runs], len(runs[0])
 
-    def curve(key):
+    def curve(key, scale=1.0):
         points = []
         for tau in [1 - 10 ** (-i / 20) for i in range(81)]:
-            at = [next(e[key] for e in run if e["tau"] >= tau) for run in runs]
-            points.append((-math.log10(1 - tau), statistics.mean(at)))
+            at = [next(e[key] for e in run if e["tau"] >= tau) for run in found]
+            points.append((-math.log10(1 - tau), scale * statistics.mean(at)))
         return points
 
     curves = {"call": ("adapted below tau (the method)", BLUE)}
     curves["certain_only"] = ("adapted from tau on (the control)", RED)
     accuracy = [y for key in curves for _, y in curve(key)]
     low, high = 5 * math.floor(min(accuracy) / 5), 5 * math.ceil(max(accuracy) / 5)
-    x = {0: "0", math.log10(2): "0.5", 1: "0.9", math.log10(20): "0.95"}
-    x |= {2: "0.99", 3: "0.999", 4: "0.9999"}
+    x = {0: "0", math.log10(2): "0.5", 1: "0.9", 2: "0.99", 3: "0.999", 4: "0.9999"}
     y = {v: str(v) for v in range(low, high + 1, 5)}
-    top = Axes(60, 70, 500, 200, x, y, "", "call accuracy, %")
-    most = max(e["adapted"] for run in runs for e in run)
-    y = {v: str(v) for v in range(0, most + 50, 50)}
-    below = Axes(60, 330, 500, 120, x, y, "tau", "samples adapted")
+    top = Axes(40, 70, 330, 180, x, y, "", "call accuracy, %")
+    y = {v: str(v) for v in range(0, 101, 25)}
+    below = Axes(40, 310, 330, 110, x, y, f"tau ({TAU} by default)", "adapted, %")
     for i, (key, (label, colour)) in enumerate(curves.items()):
         top.body.append(top.line(curve(key), colour))
-        top.body.append(text_at(60, 20 + 20 * i, label, "start", f'fill="{colour}"'))
-    below.body.append(below.line(curve("adapted"), BLUE))
-    return svg(590, 510, top.body + below.body)
+        top.body.append(text_at(40, 20 + 20 * i, label, "start", f'fill="{colour}"'))
+    below.body.append(below.line(curve("adapted", 100 / n), BLUE))
+    return svg(400, 470, top.body + below.body)
 
 
 def dose_figure(rows):
@@ -419,15 +440,15 @@ def dose_figure(rows):
     low = 10 * math.floor(min(r["direct"]["call"] for r in rows.values()) / 10)
     x, y = {share: f"{share} %" for share in rows}, {v: str(v) for v in range(low, 101, 10)}
     y_name = "call accuracy, %; bars: 95 % interval of the difference"
-    a = Axes(60, 30, 400, 220, x, y, "share of shifted items", y_name)
+    a = Axes(40, 30, 330, 220, x, y, "share of shifted items", y_name)
     for i, (side, name, colour) in enumerate(
         (("direct", "direct", RED), ("answer", "TT-SI", BLUE))
     ):
         a.body.append(a.line([(share, r[side]["call"]) for share, r in rows.items()], colour))
-        a.body.append(text_at(70, 220 + 18 * i, name, "start", f'fill="{colour}"'))
+        a.body.append(text_at(50, 220 + 18 * i, name, "start", f'fill="{colour}"'))
         for share, r in rows.items():
             call, direct = r[side]["call"], r["direct"]["call"]
             ends = [direct + v for v in r["call difference"]["interval"]]
             bar = [(share, v) for v in (ends if side == "answer" else [call])]
             a.dot(share, call, bar, colour)
-    return svg(480, 300, a.body)
+    return svg(400, 300, a.body)

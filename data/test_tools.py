@@ -1040,15 +1040,18 @@ def test_the_tables_and_figures_are_those_of_the_rows(capsys):
     text, shown = RESULTS.read_text(), 0
     for real in (True, False):
         args = experiments.parse_arguments(["real", "--kept"] if real else ["--kept"])
+        hint = f"run `python data/experiments.py {'real ' * real}--kept`"
+        runs, found = {}, {}
         for group in args.groups:
-            tables, drawn = experiments.made_of_rows(args, group)
+            runs[group] = experiments.runs_of(args, group)
+            found[group] = experiments.numbers(group, runs[group])
+            tables = experiments.tables_of(group, runs[group], found[group])
             for name, table in tables.items():
                 there = re.search(f"<!-- table {name} -->\n(.*?)<!-- end -->", text, re.S)
-                hint = f"run `python data/experiments.py {group} --kept`"
                 assert there and there[1] == table, f"{name}: another table: {hint}"
                 shown += "|" in table
-            for name, figure in drawn.items():
-                assert (HERE / "results" / name).read_text() == figure, f"{name}: {hint}"
+        for name, figure in experiments.drawn(runs, found).items():
+            assert (HERE / "results" / name).read_text() == figure, f"{name}: {hint}"
     assert shown or not KEPT_ROWS, "there are rows, and no table"
 
 
