@@ -512,7 +512,7 @@ def sft(lab, cfg, row, x, kind, n, lr):
     return instead(row, text, right, "fine-tuned", cost) | {"once": once}
 
 
-def as_it_came(lab, seed, flags=ALL):
+def as_it_came(lab, seed, flags=""):
     """The model that this one was made of."""
     args = argparse.Namespace(**vars(lab.args) | {"model": lab.args.base})
     return tt_si(Lab(args, lab.data, lab.limit), seed, flags)
@@ -563,7 +563,7 @@ def using(rows, *args):
 
 
 def below_tau(rows, *args):
-    """The same, with only the uncertain adapted."""
+    """The same, with only the uncertain adapted; of the others nothing is used."""
     return lambda lab, seed: uncertain(rows(lab, seed, *args))
 
 
@@ -587,12 +587,12 @@ ADAPT_ALL = ("adapt all", ALL, EVERYONE)
 ONLY_CERTAIN = ("adapt only the certain", "`certain`", lambda lab, s: certain(EVERYONE(lab, s)))
 NEAREST = ("the nearest pair's tool, no training", "`nearest`", below_tau(nearest))
 ICL = ("the pairs in the prompt, no training (TT-ICL)", "`shown`", below_tau(shown))
-ANOTHERS = ("another item's pairs", "`of_another`", below_tau(on_pairs, ALL, "another's"))
+ANOTHERS = ("another item's pairs", "`of_another`", below_tau(on_pairs, "", "another's"))
 ITSELF = ("the item itself, label included: a bound", "`itself`", using(on_pairs, ALL, "itself"))
 PAPER_ALL = ("the paper's setting, adapt all", f"--paper {ALL}", using(tt_si, f"--paper {ALL}"))
 PAPER = ("the paper's setting", "--paper", below_tau(tt_si, f"--paper {ALL}"))
 
-FULL = below_tau(on_pairs, f"{ALL} --adapt full", "its own")
+FULL = below_tau(on_pairs, "--adapt full", "its own")
 SAME_FULL = ("--adapt full, the same pairs", "--adapt full", FULL)
 
 MAIN = [
@@ -645,7 +645,7 @@ BEYOND = [flagged(f"a pair for each of {k} tools", f"--k {k}") for k in (3, 4)]
 BEYOND += [flagged(f"free, K = {n}, of {n} drafts", f"{FREE} {n} --k {n}") for n in (2, 4, 8)]
 BEYOND += [flagged(f"free, closest of {n} drafts", f"{FREE} {n}") for n in (2, 8, 16)]
 for source, told in (("alike", "drafts that the model answers alike"), ("otherwise", "the others")):
-    rows = below_tau(on_pairs, ALL, source)
+    rows = below_tau(on_pairs, "", source)
     BEYOND.append((f"round trip: {told}", "`answered_alike`", rows))
 for share in (20, 40, 60):
     label = f"tau by budget: {share} % of other items' margins below it"
@@ -685,7 +685,7 @@ REAL_CONTROLS = [
     ICL,
     (f"majority vote over {REAL_VOTES} sampled calls", "`majority`", REAL_VOTE),
     (f"pass@{REAL_VOTES}: needs the label", "`any_of`", using(any_of, REAL_VOTES, VOTE_T)),
-    ("TTT-NN: the 3 nearest labelled", "`neighbours`", below_tau(on_pairs, ALL, "neighbours")),
+    ("TTT-NN: the 3 nearest labelled", "`neighbours`", below_tau(on_pairs, "", "neighbours")),
     ITSELF,
     REAL_SFT,
     ("the model as it came", "--base", below_tau(as_it_came)),
