@@ -187,7 +187,7 @@ def margin(logp):
 
 
 # ------------------------------------------------------------------------------ G: self-data
-# FORK HERE: another generation prompt; `outline`, `parse` and `judge` hold its form.
+# FORK HERE: another generation prompt. `outline`, `parse`, `judge`, `draft_over` hold its form.
 DRAFT = (
     "Write a DIFFERENT request of the same kind as the one below, for any of the tools, and its"
     ' call, as a JSON object {"call": {"name": ..., "arguments": {...}}, "request": "..."} and'

@@ -4,16 +4,13 @@
     python data/bench.py --model FOLDER --data canonical_dev_200.jsonl grow   # cost by size
     python data/bench.py --quick                      # the embedded model, two items of its dev
 
-On each item all rivals are timed in turn; their order turns from item to item. A ratio is one of
-medians over the items; in brackets are the quartiles of the ratios within an item, which a machine
-that slows down disturbs less.
+Rivals are timed in turn on each item, in turning order. A ratio is one of medians over items; in
+brackets, quartiles of the ratios within an item, which a slowing machine disturbs less.
 
-The rivals are `generate` of transformers, for an answer, and for the whole method what a competent
-user would write: a cache of the prompt, all candidates in one padded batch, the tool list's cache
-and num_return_sequences for as many free drafts as ours wrote, an adapter of PEFT that is wrapped
-once, re-initialised, and merged for the answer, a plain loop on whole prompts. It trains on the
-pairs that ours wrote, with as many steps. PEFT's adapter acts on all tokens, as `full` does; so
-some of the difference to ours is the algorithm's. It needs `pip install peft`.
+The rivals are `generate` of transformers, for an answer, and the whole method as a competent user
+would write it (`pip install peft`): caches of prompt and tools, candidates in one padded batch,
+num_return_sequences for as many free drafts as ours wrote, one PEFT adapter, merged to answer, a
+loop on whole prompts; with our pairs and steps. Its adapter acts on all tokens, as `full` does.
 """
 
 import argparse
@@ -342,9 +339,12 @@ def main(argv=None):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values())[: args.limit]
     report, text = (grow if args.what == "grow" else costs)(args, samples)
-    print("\n".join(text))
+    print(*text, sep="\n")
     return report
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ttsi.InputError as e:
+        sys.exit(f"bench: {e}")

@@ -56,8 +56,8 @@ def verdicts(samples, seed=0):
 def main(paths):
     ttsi.pair_span = lambda x, pair: None  # no model, no context
     for path in paths:
-        samples = list(ttsi.read_jsonl(path, ttsi.to_sample).values())
-        print(f"{path}: {len(samples)} samples, in percent")
+        samples = [s for s in ttsi.read_jsonl(path, ttsi.to_sample).values() if "call" in s]
+        print(f"{path}: {len(samples)} labelled samples, in percent")
         for kind, counts in verdicts(samples).items():
             n = counts.total()
             kept, behind = 100 * counts["kept"] / n, 100 * counts[ttsi.UNSAID] / n
@@ -68,4 +68,8 @@ def main(paths):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        ttsi.need(sys.argv[1:], "give FILE.jsonl ..., of labelled samples")
+        main(sys.argv[1:])
+    except ttsi.InputError as e:
+        sys.exit(f"checks: {e}")

@@ -286,7 +286,9 @@ def main(argv=None):
     unknown = set(args.cells) - {SCORES, *CELLS}
     if unknown:
         parser.error(f"no cell {unknown}")
+    ttsi.need(not args.cells or (args.model and args.data), "a CELL needs --model and --data")
     samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values()) if args.data else []
+    ttsi.need(all("call" in s for s in samples), f"--data {args.data}: samples without a label")
     pool, samples = samples, samples[: args.limit]
     for path in args.pool:
         pool += ttsi.read_jsonl(path, ttsi.to_sample).values()
@@ -305,4 +307,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ttsi.InputError as e:
+        sys.exit(f"choose: {e}")
