@@ -271,7 +271,8 @@ def uncertainties(found):
 def chains(places):
     """Rows of --tau 2 for each place, of the first seed -> where the chain of H, G and T holds:
     tables of what each does to the uncertain, and of what is wrong before and after."""
-    head = ["", "uncertain", "direct wrong, of these", "of the others", "have pairs"]
+    head = ["", "AUROC of the margin, right names", "right calls"]
+    head += ["uncertain", "direct wrong, of these", "of the others", "have pairs"]
     head += ["a pair calls the right tool", "answered otherwise", "repaired", "broken"]
     text, faults = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"], {}
     for place, (rows, *_) in places.items():
@@ -281,7 +282,11 @@ def chains(places):
         named = [any(p["call"]["name"] == r["right"] for p in r["pairs"]) for r in adapted]
         changed = [row for row in adapted if row["answer"] != row["direct"]]
         change = [r["scores"]["answer"]["call"] - r["scores"]["direct"]["call"] for r in changed]
-        cells = [place, share(low, rows)]
+        told = [row for row in rows if row["margin"] is not None]
+        margins, right = [r["margin"] for r in told], [r["scores"]["direct"] for r in told]
+        areas = [auroc(margins, [r[kind] for r in right]) for kind in KINDS]
+        cells = [place, *("" if area is None else f"{area:.2f}" for area in areas)]
+        cells.append(share(low, rows))
         cells += [share([r for r in part if r["faults"]["direct"]], part) for part in (low, others)]
         cells += [share(adapted, low), share([n for n in named if n], adapted)]
         cells += [share(changed, adapted), change.count(1), change.count(-1)]
