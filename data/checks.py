@@ -25,7 +25,8 @@ def spoiled(r, sample, samples):
     rules, required, _ = ttsi.schema_of(sample["tools"], name)
     others = [s["call"] for s in samples if s["call"] != sample["call"]]
     alike = [call for call in others if call["name"] == name] or others
-    yield "another item's arguments", r.choice(alike)["arguments"]
+    if alike:
+        yield "another item's arguments", r.choice(alike)["arguments"]
     texts = [key for key, value in arguments.items() if isinstance(value, str)]
     if texts:
         yield "an invented string", arguments | {r.choice(texts): "Zorblax Quimby"}

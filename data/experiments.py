@@ -766,7 +766,10 @@ def numbers(group, runs):
 
 
 def publish(name, text, file=HERE / "results" / "README.md"):
-    """Between <!-- table NAME --> and <!-- end -->."""
+    """A figure beside the file, a table in it between <!-- table NAME --> and <!-- end -->."""
+    if name.endswith(".svg"):
+        file.with_name(name).write_text(text, encoding="utf-8")
+        return
     mark = re.escape(f"<!-- table {name} -->\n")
     old = file.read_text(encoding="utf-8")
     new = re.sub(f"({mark}).*?(<!-- end -->)", lambda m: m[1] + text + m[2], old, flags=re.S)
@@ -851,11 +854,10 @@ def drawn(runs, found):
     """Of each group its runs and numbers -> {name: figure}, where all groups of one were asked."""
     out = {}
     for name, groups in FORESTS.items():
-        lines = []
-        for group in groups if groups.keys() <= found.keys() else ():
-            lines += figures.forest_lines(group, found[group], groups[group])
-        if lines:
-            out[name] = figures.forest(lines)
+        asked = groups if groups.keys() <= found.keys() else {}
+        lines = [figures.forest_lines(group, found[group], only) for group, only in asked.items()]
+        if any(lines):
+            out[name] = figures.forest(sum(lines, []))
     for name, (group, label) in CURVES.items():
         _, places = runs.get(group, {}).get(label, ("", {}))
         if places and places.keys() == GROUPS[group][0].keys():
@@ -870,19 +872,24 @@ def drawn(runs, found):
     return out
 
 
-def main(argv=None):
-    args = parse_arguments(argv)
-    transformers.logging.set_verbosity_error()
+def made_of_rows(args):
+    """Yields (name, table) of each group when its rows are there, and then (name, figure)."""
     runs, found = {}, {}
     for group in args.groups:
         runs[group] = runs_of(args, group)
         found[group] = numbers(group, runs[group])
-        for name, text in tables_of(group, runs[group], found[group]).items():
+        yield from tables_of(group, runs[group], found[group]).items()
+    yield from drawn(runs, found).items()
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    transformers.logging.set_verbosity_error()
+    for name, text in made_of_rows(args):
+        if not name.endswith(".svg"):
             print(f"\n{name}\n\n{text}", flush=True)
-            if args.public:
-                publish(name, text)
-    for name, figure in drawn(runs, found).items() if args.public else ():
-        (HERE / "results" / name).write_text(figure, encoding="utf-8")
+        if args.public:
+            publish(name, text)
 
 
 if __name__ == "__main__":

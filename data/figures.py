@@ -85,6 +85,13 @@ def auroc(values, right):
     return below.double().mean().item() / 2 / len(low)  # ties are in the second only
 
 
+def aurocs(rows):
+    """-> {kind: AUROC of the margin for direct answers whose name, or call, is right}"""
+    told = [row for row in rows if row["margin"] is not None]
+    margins, right = [row["margin"] for row in told], [row["scores"]["direct"] for row in told]
+    return {kind: auroc(margins, [r[kind] for r in right]) for kind in KINDS}
+
+
 def changes(runs, kind):
     """Rows of several seeds -> {list of tools: [an item's mean change over the seeds, points]}"""
     out = {}
@@ -139,7 +146,6 @@ def pooled(runs):
     """Rows of several seeds, item by item -> the numbers of one line: means over seeds, and
     intervals over items of these means."""
     every = [row for rows in runs for row in rows]
-    told = [row for row in every if row["margin"] is not None]
     answered = [row for row in every if row["cost"]]
     out = {"seeds": len(runs), "n": len(runs[0])}
     for side in ("direct", "answer"):
@@ -165,8 +171,7 @@ def pooled(runs):
         out[f"{name} ratio"] = sum(spent_on) / sum(row["cost"]["direct"][unit] for row in answered)
     verdicts = Counter(draft["verdict"] for row in every for draft in row["drafts"])
     out["drafts kept"] = [verdicts["kept"], verdicts.total()]
-    margins, right = [row["margin"] for row in told], [row["scores"]["direct"] for row in told]
-    out["auroc"] = {kind: auroc(margins, [r[kind] for r in right]) for kind in KINDS}
+    out["auroc"] = aurocs(every)
     once = [rows[0]["once"] for rows in runs if "once" in rows[0]]
     if once:
         out["once"] = {key: statistics.mean(o[key] for o in once) for key in once[0]}
@@ -213,6 +218,10 @@ def difference(r, kind="call"):
     """A difference and its interval, as text."""
     low, high = r[f"{kind} difference"]["interval"]
     return f"{r[f'{kind} difference']['points']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def two_digits(areas):
+    return ["" if area is None else f"{area:.2f}" for area in areas.values()]
 
 
 HEAD = ("", "by", "names", "calls", "names, difference [95 %]", "calls, difference [95 %]")
@@ -262,7 +271,7 @@ def uncertainties(found):
     text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for label, places in found.items():
         for r in places.values():
-            areas = [f"{v:.2f}" if v is not None else "" for v in r["auroc"].values()]
+            areas = two_digits(r["auroc"])
             cells = [label, r["by"], *areas, f"{r['answer']['call']:.1f}", difference(r)]
             text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text) + "\n"
@@ -282,11 +291,7 @@ def chains(places):
         named = [any(p["call"]["name"] == r["right"] for p in r["pairs"]) for r in adapted]
         changed = [row for row in adapted if row["answer"] != row["direct"]]
         change = [r["scores"]["answer"]["call"] - r["scores"]["direct"]["call"] for r in changed]
-        told = [row for row in rows if row["margin"] is not None]
-        margins, right = [r["margin"] for r in told], [r["scores"]["direct"] for r in told]
-        areas = [auroc(margins, [r[kind] for r in right]) for kind in KINDS]
-        cells = [place, *("" if area is None else f"{area:.2f}" for area in areas)]
-        cells.append(share(low, rows))
+        cells = [place, *two_digits(aurocs(rows)), share(low, rows)]
         cells += [share([r for r in part if r["faults"]["direct"]], part) for part in (low, others)]
         cells += [share(adapted, low), share([n for n in named if n], adapted)]
         cells += [share(changed, adapted), change.count(1), change.count(-1)]

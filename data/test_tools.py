@@ -450,6 +450,20 @@ def test_the_table_of_benchmarks_is_what_the_converter_counts(name):
 
 
 # ---------------------------------------------------------------------------- checks of drafts
+def test_checks_and_choose_take_labelled_samples(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ttsi, "pair_span", ttsi.pair_span)  # `checks.main` replaces it
+    tools, file = [{"name": "f", "parameters": {"type": "object"}}], tmp_path / "some.jsonl"
+    bare = {"messages": [{"role": "user", "content": "Do it."}], "tools": tools}
+    label = {"call": {"name": "f", "arguments": {}}}
+    file.write_text("\n".join(map(json.dumps, (bare, bare | label, bare | label))))
+    checks.main([str(file)])
+    assert "2 labelled samples" in capsys.readouterr().out, "one has no label"
+    with pytest.raises(ttsi.InputError, match="without a label"):
+        choose.main(["--data", str(file)])
+    with pytest.raises(ttsi.InputError, match="needs --model and --data"):
+        choose.main(["two"])
+
+
 CHECKED = ["bfcl/canonical_multiple", "bfcl/canonical_live_simple"]
 
 
@@ -1033,6 +1047,53 @@ def test_a_line_of_a_table_by_hand():
     assert both["n"] == 5 and both["better"] == 3, "items of both are not counted"
 
 
+@slow
+def test_where_only_the_uncertain_count_no_other_is_trained_for(lab, monkeypatch, tmp_path):
+    rows, trained, ours = experiments.tt_si(lab, 0, "--tau 2"), [], ttsi.train
+    monkeypatch.setattr(experiments, "written", lambda *_: {row["id"]: row for row in rows})
+    monkeypatch.setattr(ttsi, "train", lambda *how: trained.append(1) or ours(*how))
+    experiments.FULL(other(lab, rows=str(tmp_path)), 0)
+    adapted = [row for row in figures.uncertain(rows) if row["decision"] == "adapted"]
+    assert 0 < len(trained) == len(adapted) < 6, f"{len(trained)} trained for, not {len(adapted)}"
+
+
+# ------------------------------------------------------------------------------------- figures
+def test_a_forest_has_the_mean_first_and_no_comparison_of_two_methods():
+    r = figures.pooled([scored((0, 1), (1, 1))])
+    found = {"TT-SI": {"here": r, "mean": r}, "a against b": {"here": r}, "all": {"here": r}}
+    lines = figures.forest_lines("real-controls", found)
+    mean, here = "Mean of the benchmarks, controls: 2 items", "here, controls: 2 items"
+    assert [label for label, _ in lines] == [mean, "TT-SI", here, "TT-SI", "all"]
+    lines = figures.forest_lines("real", found, ("all",))
+    assert [label for label, _ in lines] == ["here: 2 items", "all"], "lines that nobody asked for"
+    drawing, (low, high) = figures.forest(lines), r["call difference"]["interval"]
+    assert figures.difference(r) in drawing, "a line without its numbers"
+    scale = 190 / 100  # from 0 to +100
+    low, at, high = (f"{16 + scale * v:.1f}" for v in (low, 50, high))
+    assert f'cx="{at}"' in drawing, "the point lies elsewhere"
+    bar = rf'points="{low},(\S+) {high},(\S+)" fill="none" stroke="{figures.GREY}"'
+    ends = re.search(bar, drawing)
+    assert ends and ends[1] == ends[2], "the interval lies elsewhere"
+
+
+def test_a_figure_waits_until_all_its_groups_are_asked_for():
+    r = figures.pooled([scored((0, 1), (1, 1))])
+    found = {"real": {"TT-SI": {"Seal-Tools": r}}}
+    assert experiments.drawn({}, found) == {}, "half a forest would replace a whole one"
+    assert [*experiments.drawn({}, found | {"real-controls": {}})] == ["real.svg"]
+
+
+def test_the_share_adapted_over_tau_by_hand():
+    """At margins 0, 1/9, 2/9, 3/9; the second is not adapted: three of four in the end."""
+    rows = scored((0, 1), (1, 1), (0, 0), (0, 1))
+    rows[1]["decision"] = "no pair"
+    curve = re.findall(r'points="([^"]+)"', figures.tau_figure([rows]))[-1].split()
+    heights = [float(point.split(",")[1]) for point in curve]
+    assert heights[0] == 310 + 110, "at tau 0 somebody is adapted"
+    assert heights[-1] == pytest.approx(310 + 110 / 4, abs=0.1), "another share"
+    assert heights == sorted(heights, reverse=True), "the share falls somewhere"
+
+
 # --------------------------------------------------------------------------- what is published
 def test_the_tables_and_figures_are_those_of_the_rows(capsys):
     """Of all rows that are here, without a model."""
@@ -1040,17 +1101,13 @@ def test_the_tables_and_figures_are_those_of_the_rows(capsys):
     for real in (True, False):
         args = experiments.parse_arguments(["real", "--kept"] if real else ["--kept"])
         hint = f"run `python data/experiments.py {'real ' * real}--kept`"
-        runs, found = {}, {}
-        for group in args.groups:
-            runs[group] = experiments.runs_of(args, group)
-            found[group] = experiments.numbers(group, runs[group])
-            tables = experiments.tables_of(group, runs[group], found[group])
-            for name, table in tables.items():
+        for name, made in experiments.made_of_rows(args):
+            if name.endswith(".svg"):
+                assert (HERE / "results" / name).read_text() == made, f"{name}: {hint}"
+            else:
                 there = re.search(f"<!-- table {name} -->\n(.*?)<!-- end -->", text, re.S)
-                assert there and there[1] == table, f"{name}: another table: {hint}"
-                shown += "|" in table
-        for name, figure in experiments.drawn(runs, found).items():
-            assert (HERE / "results" / name).read_text() == figure, f"{name}: {hint}"
+                assert there and there[1] == made, f"{name}: another table: {hint}"
+                shown += "|" in made
     assert shown or not KEPT_ROWS, "there are rows, and no table"
 
 
@@ -1105,6 +1162,8 @@ def test_publishing_replaces_what_is_between_the_marks_and_no_more(tmp_path):
     file.write_text("".join(marks.format(group) for group in ("real", "real several")))
     experiments.publish("real several", "new \\1\n", file)
     want = marks.format("real") + marks.format("real several").replace("old", "new \\1")
+    experiments.publish("a.svg", "<svg/>", file)
+    assert (tmp_path / "a.svg").read_text() == "<svg/>", "a figure stands beside it"
     assert file.read_text() == want, "published elsewhere"
 
 
