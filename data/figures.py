@@ -279,7 +279,8 @@ def uncertainties(found):
 
 def chains(places):
     """Rows of --tau 2 for each place, of the first seed -> where the chain of H, G and T holds:
-    tables of what each does to the uncertain, and of what is wrong before and after."""
+    tables of what each does to the uncertain, of what is wrong before and after, and of right
+    calls that training spoils, by whether a pair has no arguments."""
     head = ["", "AUROC of the margin, right names", "right calls"]
     head += ["uncertain", "direct wrong, of these", "of the others", "have pairs"]
     head += ["a pair calls the right tool", "answered otherwise", "repaired", "broken"]
@@ -308,6 +309,19 @@ def chains(places):
     for place, found in faults.items():
         cells = ["{} -> {}".format(*found.get(kind, (0, 0))) for kind in kinds]
         text.append(f"| {place} | {' | '.join(cells)} |")
+    kinds = ["an argument missing", "another tool"]
+    head = ["right calls", "trained on", "a pair without arguments", "then wrong", *kinds]
+    text += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for place, (rows, *_) in places.items():
+        right = [r for r in rows if r["decision"] == "adapted" and not r["faults"]["direct"]]
+        after = {(sure, bare): [] for sure in (False, True) for bare in (True, False)}
+        for row in right:
+            bare = any(not pair["call"]["arguments"] for pair in row["pairs"])
+            after[margin(row) >= TAU, bare].append(row["faults"]["answer"])
+        for (sure, bare), found in after.items():
+            cells = [f"{place}, {'certain' if sure else 'uncertain'}", len(found)]
+            cells += ["yes" if bare else "no", sum(map(bool, found)), *map(found.count, kinds)]
+            text.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(text) + "\n"
 
 

@@ -820,9 +820,15 @@ def test_where_the_chain_holds_by_hand():
     for i, row in enumerate(rows):
         name = "f" if i else "g"
         row |= {"margin": 0.99 if i == 4 else 0.5, "right": "g", "direct": "d"}
-        row |= {"answer": "a" if i < 3 else "d", "pairs": [{"call": {"name": name}}]}
+        called = {"name": name, "arguments": {} if i == 1 else {"a": 1}}
+        row |= {"answer": "a" if i < 3 else "d", "pairs": [{"call": called}]}
         row["decision"] = "no pair" if i == 3 else "adapted"
-    line = figures.chains({"here": [rows]}).splitlines()[2]
+    rows[1]["faults"]["answer"] = "an argument missing"
+    lines = figures.chains({"here": [rows]}).splitlines()
+    counted = ["uncertain | 1 | yes | 1 | 1 | 0", "uncertain | 0 | no | 0 | 0 | 0"]
+    counted += ["certain | 0 | yes | 0 | 0 | 0", "certain | 1 | no | 0 | 0 | 0"]
+    assert lines[-4:] == [f"| here, {cells} |" for cells in counted], "spoiled otherwise"
+    line = lines[2]
     want = "| here |  | 0.75 | 4/5, 80 % | 3/4, 75 % | 0/1, 0 % | 3/4, 75 % | 1/3, 33 % |"
     assert line == f"{want} 3/3, 100 % | 1 | 1 |", "counted otherwise"
     rows = scored((0, 1), (0, 1), (1, 0), (1, 0))
