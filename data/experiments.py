@@ -843,8 +843,9 @@ def tables_of(group, runs, found):
     return tables
 
 
+OTHERS = tuple(label for label, *_ in REAL_CONTROLS if label != TT_SI[0])
 FORESTS = {  # name -> groups, and which of their lines; (): all
-    "real.svg": {"real": (TT_SI[0], ADAPT_ALL[0], PAPER[0]), "real-controls": ()},
+    "real.svg": {"real": (TT_SI[0], ADAPT_ALL[0], PAPER[0]), "real-controls": OTHERS},
     "own.svg": {"main": (), "controls": (), "baselines": (), "beyond": ()},
 }
 CURVES = {"real-tau.svg": ("real", ADAPT_ALL[0]), "own-tau.svg": ("uncertainty", UNCERTAINTY[0][0])}
@@ -861,8 +862,7 @@ def drawn(runs, found):
     for name, (group, label) in CURVES.items():
         _, places = runs.get(group, {}).get(label, ("", {}))
         if places and places.keys() == GROUPS[group][0].keys():
-            seeds = [sum(rows, []) for rows in zip(*places.values(), strict=True)]
-            out[name] = figures.tau_figure(seeds)
+            out[name] = figures.tau_figure(sum(places.values(), []))
     shares = {}
     for label, places in found.get("dose", {}).items():
         if "all" not in label:

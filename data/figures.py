@@ -119,16 +119,16 @@ def difference_of(change, means):
 
 
 def every_tau(rows):
-    """Rows of --tau 2 -> for each tau that matters: n adapted, call accuracy, that of the others.
-    "certain_only" is the accuracy if the others were adapted."""
+    """Rows of --tau 2 -> for each tau that matters, in percent: the adapted, call accuracy, and
+    "certain_only", the accuracy if the others were adapted."""
     rows = sorted(rows, key=margin)
     out, adapted = [], 0
     call = sum(row["scores"]["direct"]["call"] for row in rows)  # tau 0: nobody is adapted
     others = sum(row["scores"]["answer"]["call"] for row in rows)  # or everybody
     for i, tau in enumerate([*map(margin, rows), 2.0] if rows else []):
         if not out or tau > out[-1]["tau"]:
-            accuracy = {"call": 100 * call / len(rows), "certain_only": 100 * others / len(rows)}
-            out.append({"tau": tau, "adapted": adapted} | accuracy)
+            counts = {"adapted": adapted, "call": call, "certain_only": others}
+            out.append({"tau": tau} | {key: 100 * n / len(rows) for key, n in counts.items()})
         if i < len(rows):
             change = rows[i]["scores"]["answer"]["call"] - rows[i]["scores"]["direct"]["call"]
             call, others = call + change, others - change
@@ -229,17 +229,23 @@ HEAD += ("better / worse", "lists of tools", "s.d.", "adapted", "drafts kept")
 HEAD += ("seconds", "tokens", "labels, once")
 
 
+def table(head, rows):
+    """Lines of a table in markdown."""
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
+
 def markdown(found):
     """{label: {place: numbers}} -> a table."""
     several = any(len(places) > 1 for places in found.values())
-    text = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    rows = []
     for label, places in found.items():
         for place, r in places.items():
             cells = [f"{label}, {place}" if several else label, r.get("by", "")]
             cells += [f"{r['direct'][k]:.1f} -> {r['answer'][k]:.1f}" for k in KINDS]
             cells += [difference(r, kind) for kind in KINDS]
             cells.append(f"{r['better']} / {r['worse']}")
-            cells.append(str(r.get("lists", "")))
+            cells.append(r.get("lists", ""))
             cells.append(f"{r['sd']:.1f}" if r.get("sd") is not None else "")
             cells.append(f"{r['adapted']:.0f}/{r['n']}")
             kept_drafts, drafts = r.get("drafts kept", (0, 0))
@@ -249,14 +255,14 @@ def markdown(found):
             cells.append(
                 "" if not once else f"{once['labels']:,.0f}, {once['tokens'] / 1e6:.2f} M tokens"
             )
-            text.append("| " + " | ".join(cells) + " |")
+            rows.append(cells)
     first = {
         place: r["always first"]
         for places in found.values()
         for place, r in places.items()
         if "always first" in r
     }
-    text.append("")
+    text = [*table(HEAD, rows), ""]
     text += [
         f"Always the first tool listed, {place}: {v:.1f} % of the names."
         for place, v in first.items()
@@ -268,24 +274,28 @@ def uncertainties(found):
     """The same for the uncertainties."""
     head = ["", "by", "AUROC, right names", "AUROC, right calls"]
     head += ["calls, the least certain 60 % adapted", "difference [95 %]"]
-    text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
     for label, places in found.items():
         for r in places.values():
             areas = two_digits(r["auroc"])
-            cells = [label, r["by"], *areas, f"{r['answer']['call']:.1f}", difference(r)]
-            text.append("| " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
+            rows.append([label, r["by"], *areas, f"{r['answer']['call']:.1f}", difference(r)])
+    return "\n".join(table(head, rows)) + "\n"
 
 
 def chains(places):
     """Rows of --tau 2 for each place, of the first seed -> where the chain of H, G and T holds:
-    tables of what each does to the uncertain, of what is wrong before and after, and of right
-    calls that training spoils, by whether a pair has no arguments."""
+    tables of what each does to the uncertain, of what is wrong before and after, and of the right
+    calls that training spoils."""
+    first = {place: rows for place, (rows, *_) in places.items()}
+    return "\n".join([*links(first), "", *faults(first), "", *spoiled(first)]) + "\n"
+
+
+def links(places):
     head = ["", "AUROC of the margin, right names", "right calls"]
     head += ["uncertain", "direct wrong, of these", "of the others", "have pairs"]
     head += ["a pair calls the right tool", "answered otherwise", "repaired", "broken"]
-    text, faults = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"], {}
-    for place, (rows, *_) in places.items():
+    lines = []
+    for place, rows in places.items():
         low = [row for row in rows if margin(row) < TAU]
         others = [row for row in rows if margin(row) >= TAU]
         adapted = [row for row in low if row["decision"] == "adapted"]
@@ -295,34 +305,42 @@ def chains(places):
         cells = [place, *two_digits(aurocs(rows)), share(low, rows)]
         cells += [share([r for r in part if r["faults"]["direct"]], part) for part in (low, others)]
         cells += [share(adapted, low), share([n for n in named if n], adapted)]
-        cells += [share(changed, adapted), change.count(1), change.count(-1)]
-        text.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append([*cells, share(changed, adapted), change.count(1), change.count(-1)])
+    return table(head, lines)
+
+
+def faults(places):
+    """What is wrong with direct answers, and with those of TT-SI."""
+    found = {}
+    for place, rows in places.items():
         before = Counter(row["faults"]["direct"] for row in rows)
         after = Counter(row["faults"]["answer"] for row in uncertain(rows))
-        faults[place] = {kind: (before[kind], after[kind]) for kind in [*before | after] if kind}
-    kinds = sorted({kind for found in faults.values() for kind in found})
-    text += [
-        "",
-        f"| wrong, direct -> TT-SI | {' | '.join(kinds)} |",
-        "|---" * (len(kinds) + 1) + "|",
-    ]
-    for place, found in faults.items():
-        cells = ["{} -> {}".format(*found.get(kind, (0, 0))) for kind in kinds]
-        text.append(f"| {place} | {' | '.join(cells)} |")
+        found[place] = before, after
+    kinds = sorted({kind for both in found.values() for kind in [*both[0], *both[1]] if kind})
+    lines = []
+    for place, (before, after) in found.items():
+        lines.append([place, *(f"{before[kind]} -> {after[kind]}" for kind in kinds)])
+    return table(["wrong, direct -> TT-SI", *kinds], lines)
+
+
+def spoiled(places):
+    """Right calls of all that are trained for, and what is wrong with them after training: by
+    whether a pair has no arguments."""
     kinds = ["an argument missing", "another tool"]
-    head = ["right calls", "trained on", "a pair without arguments", "then wrong", *kinds]
-    text += ["", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for place, (rows, *_) in places.items():
-        right = [r for r in rows if r["decision"] == "adapted" and not r["faults"]["direct"]]
-        after = {(sure, bare): [] for sure in (False, True) for bare in (True, False)}
-        for row in right:
-            bare = any(not pair["call"]["arguments"] for pair in row["pairs"])
-            after[margin(row) >= TAU, bare].append(row["faults"]["answer"])
+    groups = {True: "with a pair without arguments", False: "other pairs"}
+    lines = []
+    for place, rows in places.items():
+        after = {(sure, bare): [] for sure in ("uncertain", "certain") for bare in groups}
+        for row in rows:
+            if row["decision"] == "adapted" and not row["faults"]["direct"]:
+                sure = "uncertain" if margin(row) < TAU else "certain"
+                bare = any(not pair["call"]["arguments"] for pair in row["pairs"])
+                after[sure, bare].append(row["faults"]["answer"])
         for (sure, bare), found in after.items():
-            cells = [f"{place}, {'certain' if sure else 'uncertain'}", len(found)]
-            cells += ["yes" if bare else "no", sum(map(bool, found)), *map(found.count, kinds)]
-            text.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(text) + "\n"
+            wrong = [fault for fault in found if fault]
+            cells = [f"{place}, {sure}, {groups[bare]}", len(found), len(wrong)]
+            lines.append([*cells, *map(wrong.count, kinds)])
+    return table(["trained for", "right before", "then wrong", *kinds], lines)
 
 
 def share(part, whole):
@@ -432,15 +450,15 @@ def forest_lines(group, found, only=()):
 
 
 def tau_figure(runs):
-    """Rows of --tau 2 of each seed -> accuracy and share adapted over tau, on the scale of
-    -log10(1 - tau)."""
-    found, n = [every_tau(rows) for rows in runs], len(runs[0])
+    """Rows of --tau 2 of each place and seed -> accuracy and share adapted over tau, in the mean
+    of the runs, on the scale of -log10(1 - tau)."""
+    found = [every_tau(rows) for rows in runs]
 
-    def curve(key, scale=1.0):
+    def curve(key):
         points = []
         for tau in [1 - 10 ** (-i / 20) for i in range(81)]:
             at = [next(e[key] for e in run if e["tau"] >= tau) for run in found]
-            points.append((-math.log10(1 - tau), scale * statistics.mean(at)))
+            points.append((-math.log10(1 - tau), statistics.mean(at)))
         return points
 
     curves = {"call": ("adapted below tau (the method)", BLUE)}
@@ -455,7 +473,7 @@ def tau_figure(runs):
     for i, (key, (label, colour)) in enumerate(curves.items()):
         top.body.append(top.line(curve(key), colour))
         top.body.append(text_at(40, 20 + 20 * i, label, "start", f'fill="{colour}"'))
-    below.body.append(below.line(curve("adapted", 100 / n), BLUE))
+    below.body.append(below.line(curve("adapted"), BLUE))
     return svg(400, 470, top.body + below.body)
 
 
