@@ -1126,15 +1126,27 @@ def test_the_headline_is_of_the_rows(capsys):
     """The lines of the real model, and the statement on free drafts."""
     said = (HERE.parent / "README.md").read_text()
     args = experiments.parse_arguments(["real", "--kept"])
-    found = experiments.numbers("real", experiments.runs_of(args, "real"))["TT-SI"]
+    runs = experiments.runs_of(args, "real")
+    found = experiments.numbers("real", runs)["TT-SI"]
     for place, r in found.items():
         line = (
             f"| {r['direct']['call']:.1f} | {r['answer']['call']:.1f} | {figures.difference(r)} |"
         )
         assert line in said, f"{place}: the headline lacks {line}"
+    one_line, mean, seal = " ".join(said.split()), found["mean"], found["Seal-Tools"]
+    assert f"{mean['n']} items {mean['better']} repaired, {mean['worse']} broken" in one_line
+    first, named = seal["always first"], seal["answer"]["name"]
+    told = f"for {first:.1f} % of the items, the name that TT-SI calls for {named:.1f} %"
+    assert told in one_line
+    _, places = runs[experiments.ADAPT_ALL[0]]
+    lines = figures.spoiled({"": places["API-Bank"][0]})
+    cells = [line.split("|")[3:6] for line in lines if "uncertain" in line]
+    wrong, missing, other_tool = (sum(map(int, column)) for column in zip(*cells, strict=True))
+    assert f"of {wrong} right answers spoiled there {missing}" in one_line
+    assert f"{other_tool} call another tool" in one_line
     choose.table(0, 60)
     free = re.search(r"^\| free \|.*call (\S+ \[.*?\])", capsys.readouterr().out, re.M)[1]
-    assert f"{free}, 60 items)" in said.replace("\n", " "), "another of free drafts"
+    assert f"{free}, 60 items)" in one_line, "another of free drafts"
 
 
 def alike(line, other):
