@@ -1127,13 +1127,17 @@ def test_the_headline_is_of_the_rows(capsys):
     said = (HERE.parent / "README.md").read_text()
     args = experiments.parse_arguments(["real", "--kept"])
     runs = experiments.runs_of(args, "real")
-    found = experiments.numbers("real", runs)["TT-SI"]
+    numbers = experiments.numbers("real", runs)
+    found, papers = numbers["TT-SI"], numbers[experiments.PAPER[0]]
+    one_line = " ".join(said.split())
+    for place, r in papers.items():
+        assert f"{place} {figures.difference(r)}" in one_line, f"{place}, --paper"
     for place, r in found.items():
         line = (
             f"| {r['direct']['call']:.1f} | {r['answer']['call']:.1f} | {figures.difference(r)} |"
         )
         assert line in said, f"{place}: the headline lacks {line}"
-    one_line, mean, seal = " ".join(said.split()), found["mean"], found["Seal-Tools"]
+    mean, seal = found["mean"], found["Seal-Tools"]
     assert f"{mean['n']} items {mean['better']} repaired, {mean['worse']} broken" in one_line
     first, named = seal["always first"], seal["answer"]["name"]
     told = f"for {first:.1f} % of the items, the name that TT-SI calls for {named:.1f} %"
