@@ -584,6 +584,7 @@ FREE = "--k 1 --temperature 1 --drafts"  # as the paper has them: any tool, one 
 ONE, TEACHERS = using(tt_si, f"{FREE} 1"), using(teachers, f"{FREE} 1")
 TT_SI = ("TT-SI", "", OURS)
 ADAPT_ALL = ("adapt all", ALL, EVERYONE)
+ALL_AGAINST_OURS = versus("adapt all against adapt the uncertain", EVERYONE, OURS)
 ONLY_CERTAIN = ("adapt only the certain", "`certain`", lambda lab, s: certain(EVERYONE(lab, s)))
 NEAREST = ("the nearest pair's tool, no training", "`nearest`", below_tau(nearest))
 ICL = ("the pairs in the prompt, no training (TT-ICL)", "`shown`", below_tau(shown))
@@ -632,7 +633,7 @@ CONTROLS = [
     ONLY_CERTAIN,
     ("a random subset of the same size", "`a_random_subset`", a_random_subset),
     ANOTHERS,
-    versus("adapt all against adapt the uncertain", EVERYONE, OURS),
+    ALL_AGAINST_OURS,
     versus("a random subset against the uncertain", a_random_subset, OURS),
     ITSELF,
     ("tools in the file's order", "--no-shuffle", using(tt_si, "--no-shuffle")),
@@ -673,7 +674,7 @@ def at_tau(tau):
 
 
 REAL = [TT_SI, ADAPT_ALL, ONLY_CERTAIN, at_tau(0.35), at_tau(0.7), at_tau(0.99), PAPER, PAPER_ALL]
-REAL_SEEDS = [TT_SI, ADAPT_ALL]
+REAL_SEEDS = [TT_SI, ADAPT_ALL, ALL_AGAINST_OURS]
 REAL_VOTES, DEV_LABELS, REAL_SFT_LR = 25, 200, 1e-3  # so many votes cost what TT-SI does
 REAL_VOTE = using(majority, REAL_VOTES, VOTE_T)
 REAL_SFT = fine_tuning(f"SFT, {DEV_LABELS} labels of dev", "pool", DEV_LABELS, REAL_SFT_LR)

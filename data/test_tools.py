@@ -1134,7 +1134,8 @@ def test_the_headline_is_of_the_rows(capsys):
     assert (
         f"`--paper` hardly moves this model: mean {figures.difference(paper)}, {told}" in one_line
     )
-    seeds = experiments.numbers("", experiments.runs_of(args, "real-seeds"))["TT-SI"]["Seal-Tools"]
+    of_seeds = experiments.numbers("real-seeds", experiments.runs_of(args, "real-seeds"))
+    seeds = of_seeds["TT-SI"]["Seal-Tools"]
     told = f"{figures.difference(seeds)}, with a standard deviation of {seeds['sd']:.1f}"
     assert f"Over three seeds Seal-Tools gains {told} between them" in one_line
     for place, r in found.items():
