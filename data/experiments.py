@@ -477,7 +477,7 @@ def fine_tuned(lab, seed, kind, n, lr):
             optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / len(steps))) / 2
             with ttsi.measured(cost, "train", model):
                 spans = [label_span(tok, items[i], cfg) for i in batch]
-                for part in [spans[i : i + 4] for i in range(0, len(spans), 4)]:  # so many fit
+                for part in [spans[i : i + 2] for i in range(0, len(spans), 2)]:  # so many fit
                     lengths = torch.tensor([len(ids) - begin for ids, begin in part])
                     logp = ttsi.logprob(part, ttsi.Prefix(model, []))
                     loss = -(logp / lengths.to(logp.device)).sum() / len(spans)
