@@ -696,7 +696,7 @@ REAL_CONTROLS = [
     versus("TT-SI against the vote", OURS, REAL_VOTE),
     versus("TT-SI against SFT", OURS, REAL_SFT[2]),
 ]
-TUNE_REAL = []
+TUNE_REAL = [TT_SI]
 for lr in (3e-4, 1e-3, 3e-3, 1e-2):
     TUNE_REAL.append(fine_tuning(f"SFT, 140 labels, lr {lr}", "pool", 140, lr))
 for t in (0.5, 1):

@@ -1248,9 +1248,9 @@ def test_the_real_experiments_run_on_anyones_files(tmp_path, capsys):
     pool = [str(HERE / f"{split}.jsonl") for split in ("dev", "demo")]
     where = ["--data", str(tmp_path / "mine.jsonl"), "--pool", *pool]
     model = ["--model", str(HERE / "model"), "--base", str(HERE / "model"), "--flags=--epochs 2"]
-    experiments.main(["real", *where, *model, "--quick", "--limit", "2"])
+    experiments.main(["real", "tune-real", *where, *model, "--quick", "--limit", "2"])
     text = "\n" + capsys.readouterr().out
-    for group in ("real", "real-seeds", "real-controls"):
+    for group in ("real", "real-seeds", "real-controls", "tune-real"):
         for label, *_ in experiments.GROUPS[group][3]:
             assert f"\n| {label} | " in text, f"{group}: {label} did not run"
 
