@@ -675,7 +675,7 @@ def at_tau(tau):
 
 REAL = [TT_SI, ADAPT_ALL, ONLY_CERTAIN, at_tau(0.35), at_tau(0.7), at_tau(0.99), PAPER, PAPER_ALL]
 REAL_SEEDS = [TT_SI, ADAPT_ALL, ALL_AGAINST_OURS]
-REAL_VOTES, DEV_LABELS, REAL_SFT_LR = 25, 200, 1e-3  # so many votes cost what TT-SI does
+REAL_VOTES, DEV_LABELS, REAL_SFT_LR = 25, 200, 3e-3  # so many votes cost what TT-SI does
 REAL_VOTE = using(majority, REAL_VOTES, VOTE_T)
 REAL_SFT = fine_tuning(f"SFT, {DEV_LABELS} labels of dev", "pool", DEV_LABELS, REAL_SFT_LR)
 REAL_CONTROLS = [
