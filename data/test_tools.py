@@ -1109,9 +1109,9 @@ def test_the_share_adapted_over_tau_by_hand():
 def test_the_tables_and_figures_are_those_of_the_rows(capsys):
     """Of all rows that are here, without a model."""
     text, shown = RESULTS.read_text(), 0
-    for real in (True, False):
-        args = experiments.parse_arguments(["real", "--kept"] if real else ["--kept"])
-        hint = f"run `python data/experiments.py {'real ' * real}--kept`"
+    for groups in (["real"], ["tune-real"], []):
+        args = experiments.parse_arguments([*groups, "--kept"])
+        hint = f"run `python data/experiments.py {' '.join([*groups, '--kept'])}`"
         for name, made in experiments.made_of_rows(args):
             if name.endswith(".svg"):
                 assert (HERE / "results" / name).read_text() == made, f"{name}: {hint}"
@@ -1138,6 +1138,10 @@ def test_the_headline_is_of_the_rows(capsys):
     seeds = of_seeds["TT-SI"]["Seal-Tools"]
     told = f"{figures.difference(seeds)}, with a standard deviation of {seeds['sd']:.1f}"
     assert f"Over three seeds Seal-Tools gains {told} between them" in one_line
+    on_dev = experiments.numbers("tune-real", experiments.runs_of(args, "tune-real")).items()
+    dev = {label: figures.difference(r) for label, places in on_dev for r in places.values()}
+    best = dev[f"SFT, 140 labels, lr {experiments.REAL_SFT_LR}"]
+    assert f"140 labels gains {best}, TT-SI without any {dev['TT-SI']} (60 items" in one_line
     for place, r in found.items():
         line = (
             f"| {r['direct']['call']:.1f} | {r['answer']['call']:.1f} | {figures.difference(r)} |"
