@@ -602,7 +602,8 @@ def test_a_step_of_fine_tuning_is_that_of_the_mean_loss(lab, monkeypatch):
         spans = [experiments.label_span(tok, item, cfg) for item in items]
         lengths = torch.tensor([len(ids) - begin for ids, begin in spans])
         loss = -(ttsi.logprob(spans, ttsi.Prefix(model, [])) / lengths).mean()
-        for p, *parts in zip(grad(loss, lora), *seen[:4], strict=True):
+        first = seen[: len(seen) // 10]  # ten steps, of 16 samples each
+        for p, *parts in zip(grad(loss, lora), *first, strict=True):
             assert torch.allclose(p, sum(parts), atol=1e-6), "another gradient"
 
 
