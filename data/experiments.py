@@ -675,8 +675,8 @@ def at_tau(tau):
 
 REAL = [TT_SI, ADAPT_ALL, ONLY_CERTAIN, at_tau(0.35), at_tau(0.7), at_tau(0.99), PAPER, PAPER_ALL]
 REAL_SEEDS = [TT_SI, ADAPT_ALL, ALL_AGAINST_OURS]
-REAL_VOTES, DEV_LABELS, REAL_SFT_LR = 25, 200, 3e-3  # so many votes cost what TT-SI does
-REAL_VOTE = using(majority, REAL_VOTES, VOTE_T)
+REAL_VOTES, REAL_VOTE_T, DEV_LABELS, REAL_SFT_LR = 25, 1, 200, 3e-3  # 25: the tokens of TT-SI
+REAL_VOTE = using(majority, REAL_VOTES, REAL_VOTE_T)
 REAL_SFT = fine_tuning(f"SFT, {DEV_LABELS} labels of dev", "pool", DEV_LABELS, REAL_SFT_LR)
 REAL_CONTROLS = [
     TT_SI,
@@ -685,7 +685,7 @@ REAL_CONTROLS = [
     NEAREST,
     ICL,
     (f"majority vote over {REAL_VOTES} sampled calls", "`majority`", REAL_VOTE),
-    (f"pass@{REAL_VOTES}: needs the label", "`any_of`", using(any_of, REAL_VOTES, VOTE_T)),
+    (f"pass@{REAL_VOTES}: needs the label", "`any_of`", using(any_of, REAL_VOTES, REAL_VOTE_T)),
     ("TTT-NN: the 3 nearest labelled", "`neighbours`", below_tau(on_pairs, "", "neighbours")),
     ITSELF,
     REAL_SFT,
@@ -699,7 +699,7 @@ REAL_CONTROLS = [
 TUNE_REAL = [TT_SI]
 for lr in (3e-4, 1e-3, 3e-3, 1e-2):
     TUNE_REAL.append(fine_tuning(f"SFT, 140 labels, lr {lr}", "pool", 140, lr))
-for t in (0.5, 1):
+for t in (0.5, 1, 1.5):
     TUNE_REAL.append((f"vote, temperature {t}", "`majority`", using(majority, REAL_VOTES, t)))
 # place -> the names of its files
 OWN, BENCHMARKS = {"own world": ["test"]}, {"Seal-Tools": ["canonical_294"]}
