@@ -699,7 +699,7 @@ REAL_CONTROLS = [
 TUNE_REAL = [TT_SI]
 for lr in (3e-4, 1e-3, 3e-3, 1e-2):
     TUNE_REAL.append(fine_tuning(f"SFT, 140 labels, lr {lr}", "pool", 140, lr))
-for t in (0.5, 1, 1.5):
+for t in (0.5, 1):
     TUNE_REAL.append((f"vote, temperature {t}", "`majority`", using(majority, REAL_VOTES, t)))
 # place -> the names of its files
 OWN, BENCHMARKS = {"own world": ["test"]}, {"Seal-Tools": ["canonical_294"]}
