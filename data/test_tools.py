@@ -1123,6 +1123,14 @@ def test_the_tables_and_figures_are_those_of_the_rows(capsys):
     assert shown or not KEPT_ROWS, "there are rows, and no table"
 
 
+def gains(args, group):
+    """-> {label: the difference in calls, as tables have it} of a group of one place."""
+    numbers = experiments.numbers(group, experiments.runs_of(args, group))
+    return {
+        label: figures.difference(r) for label, places in numbers.items() for r in places.values()
+    }
+
+
 def test_the_headline_is_of_the_rows(capsys):
     """The lines of the real model, and the statement on free drafts."""
     said = (HERE.parent / "README.md").read_text()
@@ -1139,10 +1147,15 @@ def test_the_headline_is_of_the_rows(capsys):
     seeds = of_seeds["TT-SI"]["Seal-Tools"]
     told = f"{figures.difference(seeds)}, with a standard deviation of {seeds['sd']:.1f}"
     assert f"Over three seeds Seal-Tools gains {told} between them" in one_line
-    on_dev = experiments.numbers("tune-real", experiments.runs_of(args, "tune-real")).items()
-    dev = {label: figures.difference(r) for label, places in on_dev for r in places.values()}
-    best = dev[f"SFT, 140 labels, lr {experiments.REAL_SFT_LR}"]
-    assert f"140 labels gains {best}, TT-SI without any {dev['TT-SI']} (60 items" in one_line
+    on_dev, controls = gains(args, "tune-real"), gains(args, "real-controls")
+    ours, sft, against = (
+        controls[label] for label in ("TT-SI", experiments.REAL_SFT[0], "TT-SI against SFT")
+    )
+    told = f"{experiments.DEV_LABELS} labels of its dev gains {sft}, TT-SI without any {ours}"
+    assert f"{told}: against it {against} (`python data/experiments.py real-controls" in one_line
+    vote = on_dev[f"vote, temperature {experiments.REAL_VOTE_T}"]
+    told = f"over {experiments.REAL_VOTES} sampled calls gains {vote}, for as many tokens as TT-SI"
+    assert f"{told}, which gains {on_dev['TT-SI']} (`tune-real --kept`)" in one_line
     for place, r in found.items():
         line = (
             f"| {r['direct']['call']:.1f} | {r['answer']['call']:.1f} | {figures.difference(r)} |"
