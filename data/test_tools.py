@@ -1155,7 +1155,7 @@ def test_the_headline_is_of_the_rows(capsys):
     assert f"{told}: against it {against} (`python data/experiments.py real-controls" in one_line
     vote = on_dev[f"vote, temperature {experiments.REAL_VOTE_T}"]
     told = f"over {experiments.REAL_VOTES} sampled calls gains {vote}, for as many tokens as TT-SI"
-    assert f"{told}, which gains {on_dev['TT-SI']} (`tune-real --kept`)" in one_line
+    assert f"{told}, which gains {on_dev['TT-SI']} in half the seconds (`tune-real" in one_line
     for place, r in found.items():
         line = (
             f"| {r['direct']['call']:.1f} | {r['answer']['call']:.1f} | {figures.difference(r)} |"
