@@ -159,7 +159,7 @@ def saved(model, tok, folder):
 
 
 def digest(model):
-    parts = [p.contiguous().view(torch.uint8).numpy() for p in model.state_dict().values()]
+    parts = [p.cpu().contiguous().view(torch.uint8).numpy() for p in model.state_dict().values()]
     return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
