@@ -605,6 +605,7 @@ MAIN = [
     ("TT-D, free, first accepted draft", f"--teacher data/teacher {FREE} 1", TEACHERS),
     versus("TT-D against TT-SI, free, first accepted", TEACHERS, ONE),
     NEAREST,
+    versus("TT-SI against the nearest pair's tool", OURS, NEAREST[2]),
 ]
 
 
@@ -619,14 +620,12 @@ BASELINES = [
     (f"majority vote over {VOTES} sampled calls", "`majority`", VOTE),
     (f"pass@{VOTES}: needs the label", "`any_of`", using(any_of, VOTES, VOTE_T)),
     ICL,
-    PLAIN_SFT,
     SMALL_SFT,
     fine_tuning("SFT, 1,000 shifted items", "shifted", 1000, SFT_LR),
-    fine_tuning("SFT, 13,000 shifted items", "shifted", 13000, SFT_LR),
     versus("TT-SI against the vote", OURS, VOTE),
-    versus("TT-SI against SFT without the shift", OURS, PLAIN_SFT[2]),
     versus("TT-SI against SFT on 100 shifted items", OURS, SMALL_SFT[2]),
 ]
+LONG = [TT_SI, PLAIN_SFT, versus("TT-SI against SFT without the shift", OURS, PLAIN_SFT[2])]
 CONTROLS = [
     TT_SI,
     ADAPT_ALL,
@@ -709,6 +708,7 @@ GROUPS = {  # group -> (places, seeds, items or 0: all, lines)
     "main": (OWN, 5, 0, MAIN),
     "controls": (OWN, 2, 250, CONTROLS),
     "baselines": (OWN, 2, 250, BASELINES),
+    "long": (OWN, 1, 250, LONG),
     "dose": (OWN, 2, 250, DOSE),
     "uncertainty": (OWN, 2, 250, UNCERTAINTY),
     "beyond": (OWN, 2, 250, BEYOND),
@@ -847,7 +847,7 @@ def tables_of(group, runs, found):
 OTHERS = tuple(label for label, *_ in REAL_CONTROLS if label != TT_SI[0])
 FORESTS = {  # name -> groups, and which of their lines; (): all
     "real.svg": {"real": (TT_SI[0], ADAPT_ALL[0], PAPER[0]), "real-controls": OTHERS},
-    "own.svg": {"main": (), "controls": (), "baselines": (), "beyond": ()},
+    "own.svg": {"main": (), "controls": (), "baselines": (), "long": PLAIN_SFT[:1], "beyond": ()},
 }
 CURVES = {"real-tau.svg": ("real", ADAPT_ALL[0]), "own-tau.svg": ("uncertainty", UNCERTAINTY[0][0])}
 
