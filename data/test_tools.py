@@ -1123,6 +1123,14 @@ def test_the_tables_and_figures_are_those_of_the_rows(capsys):
     assert shown or not KEPT_ROWS, "there are rows, and no table"
 
 
+def test_what_the_results_tell_in_words_stands_in_a_table():
+    lines = RESULTS.read_text().splitlines()
+    tables = "\n".join(line for line in lines if line.startswith("|"))
+    words = " ".join(line for line in lines if not line.startswith("|"))
+    told = re.findall(r"[+-]\d+\.\d \[.*?\]", words)
+    assert len(told) > 5 and not [gain for gain in told if gain not in tables]
+
+
 def gains(args, group):
     """-> {label: the difference in calls, as tables have it} of a group of one place."""
     numbers = experiments.numbers(group, experiments.runs_of(args, group))
@@ -1156,7 +1164,9 @@ def test_the_headline_is_of_the_rows(capsys):
     vote = on_dev[f"vote, temperature {experiments.REAL_VOTE_T}"]
     told = f"over {experiments.REAL_VOTES} sampled calls gains {vote}, for as many tokens as TT-SI"
     assert f"{told}, which gains {on_dev['TT-SI']} in half the seconds (`tune-real" in one_line
-    for place, r in found.items():
+    own = experiments.parse_arguments(["main", "--kept"])
+    world = experiments.numbers("main", experiments.runs_of(own, "main"))["TT-SI"]
+    for place, r in (found | world).items():
         line = (
             f"| {r['direct']['call']:.1f} | {r['answer']['call']:.1f} | {figures.difference(r)} |"
         )
