@@ -1131,12 +1131,19 @@ def test_what_the_results_tell_in_words_stands_in_a_table():
     assert len(told) > 5 and not [gain for gain in told if gain not in tables]
 
 
-def gains(args, group):
-    """-> {label: the difference in calls, as tables have it} of a group of one place."""
-    numbers = experiments.numbers(group, experiments.runs_of(args, group))
-    return {
-        label: figures.difference(r) for label, places in numbers.items() for r in places.values()
-    }
+def numbers_of(group):
+    """-> {label: {place: numbers}} of kept rows."""
+    args = experiments.parse_arguments([group, "--kept"])
+    return experiments.numbers(group, experiments.runs_of(args, group))
+
+
+def gains(group):
+    """-> {label: the difference in calls, as tables have it; tokens} of a group of one place."""
+    out = {}
+    for label, places in numbers_of(group).items():
+        (r,) = places.values()
+        out[label] = figures.difference(r), f"{r['tokens ratio']:.1f}x"
+    return out
 
 
 def test_the_headline_is_of_the_rows(capsys):
@@ -1151,21 +1158,28 @@ def test_the_headline_is_of_the_rows(capsys):
     assert (
         f"`--paper` hardly moves this model: mean {figures.difference(paper)}, {told}" in one_line
     )
-    of_seeds = experiments.numbers("real-seeds", experiments.runs_of(args, "real-seeds"))
-    seeds = of_seeds["TT-SI"]["Seal-Tools"]
+    seeds = numbers_of("real-seeds")["TT-SI"]["Seal-Tools"]
     told = f"{figures.difference(seeds)}, with a standard deviation of {seeds['sd']:.1f}"
     assert f"Over three seeds Seal-Tools gains {told} between them" in one_line
-    on_dev, controls = gains(args, "tune-real"), gains(args, "real-controls")
-    ours, sft, against = (
-        controls[label] for label in ("TT-SI", experiments.REAL_SFT[0], "TT-SI against SFT")
+    controls, own, baselines = gains("real-controls"), gains("main"), gains("baselines")
+    vote = f"majority vote over {experiments.REAL_VOTES} sampled calls"
+    rivals = {"another item's pairs": experiments.ANOTHERS[0], "the vote": vote}
+    rivals |= {"the nearest pair's tool": experiments.NEAREST[0], "SFT": experiments.REAL_SFT[0]}
+    for name, label in rivals.items():
+        (gain, tokens), (against, _) = controls[label], controls[f"TT-SI against {name}"]
+        assert f"| {gain} | {against} | {tokens} |" in said, f"README lacks {name}: {gain}"
+    (nearest, _), (against, _) = (
+        own[experiments.NEAREST[0]],
+        own["TT-SI against the nearest pair's tool"],
     )
-    told = f"{experiments.DEV_LABELS} labels of its dev gains {sft}, TT-SI without any {ours}"
-    assert f"{told}: against it {against} (`python data/experiments.py real-controls" in one_line
-    vote = on_dev[f"vote, temperature {experiments.REAL_VOTE_T}"]
-    told = f"over {experiments.REAL_VOTES} sampled calls gains {vote}, for as many tokens as TT-SI"
-    assert f"{told}, which gains {on_dev['TT-SI']} in half the seconds (`tune-real" in one_line
-    own = experiments.parse_arguments(["main", "--kept"])
-    world = experiments.numbers("main", experiments.runs_of(own, "main"))["TT-SI"]
+    assert f"nearest pair's tool gains {nearest} (TT-SI against it {against}, `main" in one_line
+    (sft, _), (against, _) = (
+        baselines[experiments.SMALL_SFT[0]],
+        baselines["TT-SI against SFT on 100 shifted items"],
+    )
+    told = f"gain {sft} (TT-SI against them {against}), pairs in the prompt"
+    assert f"{told} {baselines[experiments.ICL[0]][0]} (`baselines" in one_line
+    world = numbers_of("main")["TT-SI"]
     for place, r in (found | world).items():
         line = (
             f"| {r['direct']['call']:.1f} | {r['answer']['call']:.1f} | {figures.difference(r)} |"
