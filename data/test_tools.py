@@ -1110,7 +1110,7 @@ def test_the_share_adapted_over_tau_by_hand():
 def test_the_tables_and_figures_are_those_of_the_rows(capsys):
     """Of all rows that are here, without a model."""
     text, shown = RESULTS.read_text(), 0
-    for groups in (["real"], ["tune-real"], []):
+    for groups in (["real"], ["tune-real"], [], ["tune"]):
         args = experiments.parse_arguments([*groups, "--kept"])
         hint = f"run `python data/experiments.py {' '.join([*groups, '--kept'])}`"
         for name, made in experiments.made_of_rows(args):
