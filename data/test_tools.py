@@ -1177,7 +1177,7 @@ def test_the_headline_is_of_the_rows(capsys):
         baselines[experiments.SMALL_SFT[0]],
         baselines["TT-SI against SFT on 100 shifted items"],
     )
-    told = f"gain {sft} (TT-SI against them {against}), pairs in the prompt"
+    told = f"gain {sft}, 250 items (TT-SI against them {against}), pairs in the prompt"
     assert f"{told} {baselines[experiments.ICL[0]][0]} (`baselines" in one_line
     world = numbers_of("main")["TT-SI"]
     for place, r in (found | world).items():
