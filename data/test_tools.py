@@ -1198,7 +1198,7 @@ def test_the_headline_is_of_the_rows(capsys):
     assert f"{other_tool} call another tool" in one_line
     choose.table(0, 60)
     free = re.search(r"^\| free \|.*call (\S+ \[.*?\])", capsys.readouterr().out, re.M)[1]
-    assert f"{free}, 60 items)" in one_line, "another of free drafts"
+    assert f"{free}, 60 items of dev)" in one_line, "another of free drafts"
 
 
 def alike(line, other):
