@@ -1241,7 +1241,8 @@ def test_publishing_replaces_what_is_between_the_marks_and_no_more(tmp_path):
 
 @slow
 @pytest.mark.parametrize("file", KEPT_ROWS, ids=lambda file: f"{file.parent.name}/{file.name}")
-def test_five_rows_of_each_run_are_made_again(file, tmp_path):
+def test_five_rows_of_each_run_are_made_again(file, tmp_path_factory):
+    together = tmp_path_factory.getbasetemp() / "again"  # what is composed of others finds them
     head, rows = experiments.read_rows(file)
     model = {"model": HERE / "model"}.get(
         file.parent.name, HERE.parent / "models" / file.parent.name
@@ -1252,11 +1253,11 @@ def test_five_rows_of_each_run_are_made_again(file, tmp_path):
     if not (model.is_dir() and data) or head["method"] == "sft":
         pytest.skip("its model or data are not at hand, or it is trained for minutes")
     args = experiments.parse_arguments(
-        ["--model", str(model), "--rows", str(tmp_path), "--flags", ""]
+        ["--model", str(model), "--rows", str(together), "--flags", ""]
     )
     args.pool = [*map(str, sorted(BENCHMARKS.glob(POOL)))]
     flags = " ".join(map(flag_of, head["flags"].items()))
-    flags += f" --teacher {HERE / head['teacher']}" if head["teacher"] else ""
+    flags += f" --teacher {HERE / 'teacher'}" if head["teacher"] else ""
     again = experiments.Lab(args, data[0], 5)
     method = getattr(experiments, head["method"])
     made = method(again, head["seed"], flags, *head["more"])
