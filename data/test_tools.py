@@ -1165,6 +1165,7 @@ def test_the_headline_is_of_the_rows(capsys):
     vote = f"majority vote over {experiments.REAL_VOTES} sampled calls"
     rivals = {"another item's pairs": experiments.ANOTHERS[0], "the vote": vote}
     rivals |= {"the nearest pair's tool": experiments.NEAREST[0], "SFT": experiments.REAL_SFT[0]}
+    rivals["TT-ICL"] = experiments.ICL[0]
     for name, label in rivals.items():
         (gain, tokens), (against, _) = controls[label], controls[f"TT-SI against {name}"]
         assert f"| {gain} | {against} | {tokens} |" in said, f"README lacks {name}: {gain}"
