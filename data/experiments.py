@@ -625,7 +625,7 @@ BASELINES = [
     versus("TT-SI against the vote", OURS, VOTE),
     versus("TT-SI against SFT on 100 shifted items", OURS, SMALL_SFT[2]),
 ]
-LONG = [TT_SI, PLAIN_SFT, versus("TT-SI against SFT without the shift", OURS, PLAIN_SFT[2])]
+SFT = [TT_SI, PLAIN_SFT, versus("TT-SI against SFT without the shift", OURS, PLAIN_SFT[2])]
 CONTROLS = [
     TT_SI,
     ADAPT_ALL,
@@ -708,7 +708,7 @@ GROUPS = {  # group -> (places, seeds, items or 0: all, lines)
     "main": (OWN, 5, 0, MAIN),
     "controls": (OWN, 2, 250, CONTROLS),
     "baselines": (OWN, 2, 250, BASELINES),
-    "long": (OWN, 1, 250, LONG),
+    "sft": (OWN, 1, 250, SFT),
     "dose": (OWN, 2, 250, DOSE),
     "uncertainty": (OWN, 2, 250, UNCERTAINTY),
     "beyond": (OWN, 2, 250, BEYOND),
@@ -847,7 +847,7 @@ def tables_of(group, runs, found):
 OTHERS = tuple(label for label, *_ in REAL_CONTROLS if label != TT_SI[0])
 FORESTS = {  # name -> groups, and which of their lines; (): all
     "real.svg": {"real": (TT_SI[0], ADAPT_ALL[0], PAPER[0]), "real-controls": OTHERS},
-    "own.svg": {"main": (), "controls": (), "baselines": (), "long": PLAIN_SFT[:1], "beyond": ()},
+    "own.svg": {"main": (), "controls": (), "baselines": (), "sft": PLAIN_SFT[:1], "beyond": ()},
 }
 CURVES = {"real-tau.svg": ("real", ADAPT_ALL[0]), "own-tau.svg": ("uncertainty", UNCERTAINTY[0][0])}
 

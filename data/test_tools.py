@@ -1131,19 +1131,33 @@ def test_what_the_results_tell_in_words_stands_in_a_table():
     assert len(told) > 5 and not [gain for gain in told if gain not in tables]
 
 
-def numbers_of(group):
-    """-> {label: {place: numbers}} of kept rows."""
+def numbers_at(place, group):
+    """-> {label: numbers} of kept rows."""
     args = experiments.parse_arguments([group, "--kept"])
-    return experiments.numbers(group, experiments.runs_of(args, group))
+    found = experiments.numbers(group, experiments.runs_of(args, group))
+    return {label: places[place] for label, places in found.items()}
 
 
-def gains(group):
-    """-> {label: the difference in calls, as tables have it; tokens} of a group of one place."""
-    out = {}
-    for label, places in numbers_of(group).items():
-        (r,) = places.values()
-        out[label] = figures.difference(r), f"{r['tokens ratio']:.1f}x"
-    return out
+def test_what_the_readme_tells_of_rivals_is_of_the_rows():
+    said, gain = (HERE.parent / "README.md").read_text(), figures.difference
+    one_line, real = " ".join(said.split()), numbers_at("Seal-Tools", "real-controls")
+    points, tokens = real["TT-SI"]["call difference"]["points"], real["TT-SI"]["tokens ratio"]
+    assert f"instead of TT-SI: {points:+.1f} for {tokens:.1f} times the tokens" in one_line
+    rivals = {"another item's pairs": experiments.ANOTHERS, "TT-ICL": experiments.ICL}
+    rivals |= {"the nearest pair's tool": experiments.NEAREST, "SFT": experiments.REAL_SFT}
+    rivals["the vote"] = [f"majority vote over {experiments.REAL_VOTES} sampled calls"]
+    for name, (label, *_) in rivals.items():
+        r, against = real[label], real[f"TT-SI against {name}"]
+        cells = f"{gain(r)} | {gain(against)} | {r['tokens ratio']:.1f}x"
+        assert f"| {cells} |" in said, f"{name}: README lacks {cells}"
+    own = numbers_at("own world", "main")
+    against = own["TT-SI against the nearest pair's tool"]
+    told = f"{gain(own[experiments.NEAREST[0]])} (TT-SI against it {gain(against)}, `main --kept`)"
+    assert f"nearest pair's tool gains {told}" in one_line
+    own = numbers_at("own world", "baselines")
+    sft, against = own[experiments.SMALL_SFT[0]], own["TT-SI against SFT on 100 shifted items"]
+    told = f"gain {gain(sft)}, 250 items (TT-SI against them {gain(against)}), pairs in the prompt"
+    assert f"{told} {gain(own[experiments.ICL[0]])} (`baselines --kept`)" in one_line
 
 
 def test_the_headline_is_of_the_rows(capsys):
@@ -1158,30 +1172,11 @@ def test_the_headline_is_of_the_rows(capsys):
     assert (
         f"`--paper` hardly moves this model: mean {figures.difference(paper)}, {told}" in one_line
     )
-    seeds = numbers_of("real-seeds")["TT-SI"]["Seal-Tools"]
+    seeds = numbers_at("Seal-Tools", "real-seeds")["TT-SI"]
     told = f"{figures.difference(seeds)}, with a standard deviation of {seeds['sd']:.1f}"
     assert f"Over three seeds Seal-Tools gains {told} between them" in one_line
-    controls, own, baselines = gains("real-controls"), gains("main"), gains("baselines")
-    vote = f"majority vote over {experiments.REAL_VOTES} sampled calls"
-    rivals = {"another item's pairs": experiments.ANOTHERS[0], "the vote": vote}
-    rivals |= {"the nearest pair's tool": experiments.NEAREST[0], "SFT": experiments.REAL_SFT[0]}
-    rivals["TT-ICL"] = experiments.ICL[0]
-    for name, label in rivals.items():
-        (gain, tokens), (against, _) = controls[label], controls[f"TT-SI against {name}"]
-        assert f"| {gain} | {against} | {tokens} |" in said, f"README lacks {name}: {gain}"
-    (nearest, _), (against, _) = (
-        own[experiments.NEAREST[0]],
-        own["TT-SI against the nearest pair's tool"],
-    )
-    assert f"nearest pair's tool gains {nearest} (TT-SI against it {against}, `main" in one_line
-    (sft, _), (against, _) = (
-        baselines[experiments.SMALL_SFT[0]],
-        baselines["TT-SI against SFT on 100 shifted items"],
-    )
-    told = f"gain {sft}, 250 items (TT-SI against them {against}), pairs in the prompt"
-    assert f"{told} {baselines[experiments.ICL[0]][0]} (`baselines" in one_line
-    world = numbers_of("main")["TT-SI"]
-    for place, r in (found | world).items():
+    found["own world"] = numbers_at("own world", "main")["TT-SI"]
+    for place, r in found.items():
         line = (
             f"| {r['direct']['call']:.1f} | {r['answer']['call']:.1f} | {figures.difference(r)} |"
         )
