@@ -676,6 +676,7 @@ REAL = [TT_SI, ADAPT_ALL, ONLY_CERTAIN, at_tau(0.35), at_tau(0.7), at_tau(0.99),
 REAL_SEEDS = [TT_SI, ADAPT_ALL, ALL_AGAINST_OURS]
 REAL_VOTES, REAL_VOTE_T, DEV_LABELS, REAL_SFT_LR = 25, 1, 200, 3e-3  # 25: the tokens of TT-SI
 REAL_VOTE = using(majority, REAL_VOTES, REAL_VOTE_T)
+TTT_NN = ("TTT-NN: the 3 nearest labelled", "`neighbours`", below_tau(on_pairs, "", "neighbours"))
 REAL_SFT = fine_tuning(f"SFT, {DEV_LABELS} labels of dev", "pool", DEV_LABELS, REAL_SFT_LR)
 REAL_CONTROLS = [
     TT_SI,
@@ -685,7 +686,7 @@ REAL_CONTROLS = [
     ICL,
     (f"majority vote over {REAL_VOTES} sampled calls", "`majority`", REAL_VOTE),
     (f"pass@{REAL_VOTES}: needs the label", "`any_of`", using(any_of, REAL_VOTES, REAL_VOTE_T)),
-    ("TTT-NN: the 3 nearest labelled", "`neighbours`", below_tau(on_pairs, "", "neighbours")),
+    TTT_NN,
     ITSELF,
     REAL_SFT,
     ("the model as it came", "--base", below_tau(as_it_came)),
@@ -693,6 +694,7 @@ REAL_CONTROLS = [
     versus("TT-SI against the nearest pair's tool", OURS, NEAREST[2]),
     versus("TT-SI against TT-ICL", OURS, ICL[2]),
     versus("TT-SI against the vote", OURS, REAL_VOTE),
+    versus("TT-SI against TTT-NN", OURS, TTT_NN[2]),
     versus("TT-SI against SFT", OURS, REAL_SFT[2]),
 ]
 TUNE_REAL = [TT_SI]
@@ -782,9 +784,7 @@ def parse_arguments(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     p.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; default: the own world's")
     p.add_argument("--model", default="", help="default: the embedded; real: models/smollm2-tools")
-    p.add_argument(
-        "--data", nargs="*", default=[], help="real: labelled files, the first for controls"
-    )
+    p.add_argument("--data", nargs="*", default=[], help="real: files of labelled samples")
     p.add_argument("--pool", nargs="*", default=[], help="other labelled files, for SFT and TTT-NN")
     p.add_argument("--base", default="models/smollm2-135m", help="real: the model as it came")
     p.add_argument("--teacher", default="", help="who writes the pairs of TT-D")
