@@ -11,11 +11,11 @@
     python ttsi.py --trace demo-067                 # one sample, step by step
     python ttsi.py --model Qwen/Qwen2.5-0.5B-Instruct --data calls.jsonl --output runs/qwen.jsonl
 
-Departures from the paper, and choices where it is silent (--paper sets everything that it states):
+Departures from the paper, and choices where it is silent (--paper takes 1, 3 and 4 back):
  1. One pair for each of the two tools of the margin, its keys dictated, drafted until it passes
-    label-free checks (--check). Or, by --drafts, free ones, of which the closest to x are used.
+    label-free checks; unless both have one, none is used. Or, by --drafts, free ones, the closest.
  2. A pair is written call first. A copy of x is never trained on. Prompts: see --prompt.
- 3. SGD along the normalised gradient (--optimizer; the paper's 1e-4 read as AdamW's). No warm-up.
+ 3. SGD along the normalised gradient, of the calls alone. No warm-up. (--paper: 1e-4, by AdamW.)
  4. The LoRA acts behind the tools only (--adapt suffix): one cache of the tools serves every stage.
  5. Tools are offered in a seeded order (--shuffle): benchmarks list the right one first.
 
@@ -74,18 +74,18 @@ class Config:
     )
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
     tau: float = flag(0.95, "adapt where the margin is below it; 2: always, 0: never [paper]")
-    k: int = flag(2, "pairs to train on, at most [ours; paper: 1]")
-    drafts: int = flag(0, "so many free ones at a time [paper: 1]; 0: for the k likeliest tools")
-    attempts: int = flag(4, "at most, for each tool, until enough drafts pass [ours; paper: 1]")
+    k: int = flag(2, "tools to write a pair for, all or none; free ones: at most [ours; paper: 1]")
+    drafts: int = flag(0, "so many of any tool at a time [paper: 1]; 0: for the k likeliest tools")
+    attempts: int = flag(4, "at most, for a tool or free ones, until enough drafts pass [ours]")
     temperature: float = flag(0.7, "of drafts; answers are greedy [ours]")
     check: bool = flag(True, "drafts must pass the label-free checks [ours]")
     max_new_tokens: int = flag(256, "at most, in a draft or an answer [ours]")
     lora_rank: int = flag(8, "r [paper]")
     lora_alpha: float = flag(16.0, "the LoRA's output is scaled by alpha / r [paper]")
-    optimizer: Literal["sgd", "adamw"] = flag("sgd", "normalised steps [ours], or AdamW [paper]")
+    optimizer: Literal["sgd", "adamw"] = flag("sgd", "normalised steps, or AdamW [ours]")
     lr: float = flag(3e-4, "of the cosine; sgd: a parameter's change, r.m.s. [ours; paper: 1e-4]")
     epochs: int = flag(5, "steps, each on all k pairs [paper: 5, k = 1]")
-    adapt: Literal["suffix", "full"] = flag("suffix", "behind the tools [ours], everywhere [paper]")
+    adapt: Literal["suffix", "full"] = flag("suffix", "LoRA behind the tools [ours], or everywhere")
 
     def __post_init__(self):
         embedded = self.model == Config.model
@@ -101,18 +101,18 @@ class Result:
     """What Algorithm 1 did with one input. What it did not come to is empty."""
 
     id: str
-    logp: dict = dataclasses.field(default_factory=dict)  # H: tool name -> log P(a_n | x), nats
+    logp: dict = dataclasses.field(default_factory=dict)  # H: tool name -> l_n, nats
     margin: float | None = None  # H: u = p(1) - p(2), from 0 to 1
     drafts: list = dataclasses.field(default_factory=list)  # G: all, {text, verdict, pair or None}
     pairs: list = dataclasses.field(default_factory=list)  # G: trained on, {request, call}
     loss: list = dataclasses.field(default_factory=list)  # T: before each step, nats per token
-    decision: str = ""  # "adapted", or why the base answers, or why there is no answer
+    decision: str = ""  # "adapted", or why the base answers, or "not answered: why"
     answer: str = ""  # the text that the model wrote
     cost: dict = dataclasses.field(default_factory=dict)  # stage -> [seconds, forward tokens]
 
 
 def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
-    """Algorithm 1 for one input -> Result. Pairs may be supplied, or a teacher's, (model, tok)."""
+    """Algorithm 1 for one input -> Result. Pairs may be supplied; a teacher is (model, tok)."""
     result = Result(sample["id"])
     stage = functools.partial(measured, result.cost)
     try:
@@ -121,7 +121,7 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
         result.decision = f"not answered: {e}"
         return result
     with stage("prefill", model):
-        after_tools = Prefix(model, x.ids[: x.head])  # read once, for H, G, T and the answer
+        after_tools = Prefix(model, x.ids[: x.head])  # read once, for H, G, T, answer
         after_prompt = Prefix(model, x.ids[:-1], after_tools)
 
     def by_base(decision):
@@ -133,7 +133,7 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
     with stage("score", model):  # H: l_n = log P(a_n | x)
         result.logp = score(x, after_prompt)
     result.margin = margin(result.logp)  # u = p(1) - p(2)
-    if not result.margin < cfg.tau:  # certain, or nan: to compare with it is false
+    if not result.margin < cfg.tau:  # certain; or nan, where every comparison is false
         return by_base("certain" if result.margin >= cfg.tau else "score not finite")
 
     writer = teacher or (model, tok)
@@ -142,7 +142,7 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
     if not result.pairs:
         return by_base("no pair")
     spans = [pair_span(x, pair) for pair in result.pairs]
-    head = x.ids[: x.head] if cfg.adapt == "suffix" else []
+    head = x.ids[: x.head] if cfg.adapt == "suffix" else []  # ids: commonprefix takes any lists
     shared = os.path.commonprefix([head, *(ids for ids, _ in spans)])  # tokens may merge at its end
     with stage("train", model):
         frozen = Prefix(model, shared, after_tools)  # the LoRA acts behind it
@@ -159,7 +159,7 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
 
 @contextmanager
 def measured(cost, stage, model):
-    """Adds to cost[stage] its seconds and forward tokens; one with a backward pass counts twice."""
+    """Adds to cost[stage] seconds and forward tokens, padding too; with a backward pass twice."""
     spent, start, before = cost.setdefault(stage, [0.0, 0]), time.perf_counter(), Prefix.tokens
     yield
     if model.device.type != "cpu":
@@ -171,7 +171,7 @@ def measured(cost, stage, model):
 # ------------------------------------------------------------------------- H: self-awareness
 @torch.no_grad()
 def score(x, after_prompt):
-    """H. -> {tool name: log P(a_n | x), nats}: over its tokens [paper] and closing quote [ours]."""
+    """H. -> {tool name: l_n, nats}: of its tokens and closing quote, behind a call's opening."""
     logp = []  # N
     for i in range(0, len(x.candidates), 8):  # in groups, so that memory does not grow with N
         logp += logprob(x.candidates[i : i + 8], after_prompt).tolist()
@@ -233,7 +233,7 @@ def generate(model, tok, x, after_tools, logp, cfg, supplied=None):
 
 
 GAP = "\0"  # where a JSON value is to be written
-VALUES = (' "a"', " 1", " [1]", " {}", " true")  # how one may begin
+VALUES = (' "a"', " 1", " [1]", " {}", " true")  # one of each kind, to see where they part
 
 
 def outline(tools, name, generator):
@@ -313,12 +313,12 @@ def fault(pair, before, x, cfg):
         "written before": words(request) in earlier,
         UNSAID: any(text not in request.casefold() for text in texts),
     }
-    if not cfg.check:  # --pairs may hold x, and its label
+    if not cfg.check:  # even then: --pairs might hold x, with its label
         faults = {"copy of the request": faults["copy of the request"]}
     return next((name for name, found in faults.items() if found), "")
 
 
-# Of what `canonical` makes of a value: 5 is "5".
+# Type -> what the JSON of a canonical value must match; "5" is that of 5, too.
 TYPES = {"string": '".*"', "integer": r'"[-+]?\d+"', "number": r'"[-+]?[\d.]+(e[-+]?\d+)?"'}
 TYPES |= {"boolean": '"(true|false)"', "null": '"null"', "object": r"\{.*", "array": r"\[.*"}
 # In scripts without blanks (Thai to Khmer, kana, Han) each character is a word.
@@ -342,7 +342,7 @@ def words(text):
 
 
 def copies(request, text):
-    """Are a text's words those of a request, or, if they are three and more, a part of these?"""
+    """Does a request say a text word for word, or hold one of three words and more?"""
     said, part = words(request), words(text)
     return said == part or (len(part) > 2 and f" {' '.join(part)} " in f" {' '.join(said)} ")
 
@@ -425,7 +425,7 @@ class Prefix:
     """Token ids that a model has read, and the cache that it kept, for rows that continue them.
     These are padded on the right, which causal attention cannot see: no mask, no positions."""
 
-    tokens = 0  # read so far by all models, for `measured`
+    tokens = 0  # read so far by all prefixes, padding too, for `measured`
 
     @torch.no_grad()  # not inference_mode: autograd saves what is cached here
     def __init__(self, model, ids, before=None):
@@ -446,7 +446,7 @@ class Prefix:
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
         how = {"cache": cache, "use_cache": True}  # past_key_values before transformers 5.24
-        last = torch.arange(ids.shape[1])[-keep:]  # a slice would have the head copied for each row
+        last = torch.arange(ids.shape[1])[-keep:]  # of a slice, matmul copies the head R times
         return self.model(input_ids=ids, logits_to_keep=last, **how).logits
 
 
@@ -461,7 +461,7 @@ def logprob(spans, prefix):
     labels = torch.full_like(rows, -100)  # what is -100 gives no loss
     for row, (ids, begin) in zip(labels, spans, strict=True):
         row[begin - n : len(ids) - n] = torch.tensor(ids[begin:])
-    labels = labels[:, min(begin for _, begin in spans) - n :]  # before, no logits are needed
+    labels = labels[:, min(begin for _, begin in spans) - n :]  # (R, L); before, none is scored
     logits = prefix.forward(prefix.copy(len(spans)), rows, labels.shape[1] + 1)[:, :-1].float()
     labels = labels.to(logits.device)
     return -torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").sum(1)
@@ -469,9 +469,9 @@ def logprob(spans, prefix):
 
 @torch.no_grad()
 def write(tok, ids, prefix, cfg, uniform=None, over=lambda text: parse(text)[0]):
-    """-> [greedy text, up to an end token or where it is over: a call]; or R texts that are drawn
-    by uniform (R, tokens)."""
-    ends = prefix.model.generation_config.eos_token_id  # all that is used of it
+    """-> [the greedy text], or R texts, drawn by uniform (R, tokens). One ends at an end token, or
+    once it is over: by default, when it holds a call."""
+    ends = prefix.model.generation_config.eos_token_id  # no more of it: no penalties
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     n = 1 if uniform is None else len(uniform)
     cache, new = prefix.copy(n), torch.tensor([ids[len(prefix.ids) :]] * n)  # (R, T), then (R, 1)
@@ -519,7 +519,7 @@ def turn(role, content, **more):
 
 
 def prepare(tok, sample, cfg):
-    """What Algorithm 1 may see of a sample; InputError: template or context cannot take it."""
+    """-> x, all that Algorithm 1 sees; InputError: template or context cannot take the sample."""
     tools, messages = sample["tools"], sample["messages"]
     if cfg.shuffle:  # by seed and names alone
         tools = sorted(tools, key=lambda tool: tool["name"])
@@ -533,7 +533,7 @@ def prepare(tok, sample, cfg):
     _, one = render(tok, cfg, tools, messages, {"name": "1", "arguments": {"x": 1}})
     another, _ = render(tok, cfg, tools, [*x.system, turn("user", "-")])
     x.ids, other = to_ids(tok, cfg, prompt), to_ids(tok, cfg, another)
-    x.head = len(os.path.commonprefix([x.ids[:-1], other]))  # the tools, where they come first
+    x.head = len(os.path.commonprefix([x.ids[:-1], other]))  # length of the tools' part, if first
     opening = os.path.commonprefix([zero, one])  # '{"name": "'; in zero then '0", ...' follows
     spans = []  # N: each name and its closing quote, as tokenised in a whole answer
     for tool in tools:
@@ -542,7 +542,7 @@ def prepare(tok, sample, cfg):
         begin = sum(end <= len(prompt + opening) for end in ends)
         quote = sum(end <= len(prompt + text) for end in ends)
         spans.append((ids[: quote + 1], begin))
-    begin = min(begin for _, begin in spans)  # one for all, where a name merges with what it opens
+    begin = min(begin for _, begin in spans)  # one for all: a name's first token may hold the quote
     x.candidates = [(ids, begin) for ids, _ in spans]
     return x
 
@@ -580,7 +580,7 @@ def render(tok, cfg, tools, messages, call=None):
     native = cfg.prompt == "native" or (cfg.prompt == "auto" and takes_tools(tok))
     if native:
         while len(messages) > 1 and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]  # it announces the call; a template would close it
+            messages = messages[:-1]  # a template would close it; G reads it (x.request)
     else:
         system = SYSTEM + "\n".join(dumps(tool) for tool in tools)
         messages = [turn("system", system), turn("user", user_text(messages))]
@@ -623,7 +623,7 @@ def encode(tok, prompt, rest=""):
     whole = encode(tok, prompt + rest)
     if whole[0][: len(ids)] == ids:
         return whole
-    more, places = encode(tok, "0" + rest)  # 0, cut off again: behind nothing, some write a blank
+    more, places = encode(tok, "0" + rest)  # 0 is cut off: first in a text, rest may get a blank
     n = sum(end <= 1 for end in places)
     return ids + more[n:], ends + [len(prompt) - 1 + end for end in places[n:]]
 
@@ -645,7 +645,7 @@ def pair_span(x, pair):
     return ids, sum(end <= len(prompt) for end in ends)
 
 
-# -------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------- JSON, of models and files; data
 class InputError(ValueError):
     """Bad input, told in one line: where, what is wrong, and what would be right."""
 
@@ -666,8 +666,8 @@ def once(items):
     return present(items)
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=present, strict=False)  # of what a model wrote
-STRICT = json.JSONDecoder(object_pairs_hook=once, strict=False)  # of data
+DECODER = json.JSONDecoder(object_pairs_hook=present, strict=False)  # a key twice: its last
+STRICT = json.JSONDecoder(object_pairs_hook=once, strict=False)  # a key twice: refused
 dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
 
 
@@ -737,7 +737,7 @@ def draft_over(text):
 
 
 def value_end(text, written):
-    """Where the JSON value ends that is written behind a text; 0: it may go on, -1: never."""
+    """-> where in `written` the JSON value behind `text` ends; 0: not yet, -1: it never will."""
     if not written.startswith(text):
         return 0 if text.startswith(written) else -1
     written = jsonlike(written)
@@ -769,7 +769,7 @@ BEYOND = {"$ref", "$defs", "allOf", "anyOf", "oneOf", "not", "if", "patternPrope
 
 
 def schema_of(tools, name):
-    """-> ({argument: rule}, required arguments, are these all that it takes?) of a tool."""
+    """-> ({argument: rule}, required, are these all? Unless it says otherwise [ours]) of a tool."""
     schema = next((tool.get("parameters") for tool in tools if tool["name"] == name), None)
     schema = schema if isinstance(schema, dict) else {}
     rules, required = schema.get("properties"), schema.get("required")
@@ -841,7 +841,7 @@ def calls_in(message, names):
 
 def to_sample(record):
     """A record (README: Your own data) -> {id, messages, tools, call?, accept?}."""
-    record = DECODER.decode(dumps(record))  # its nulls are absent
+    record = DECODER.decode(dumps(record))  # nulls of one from Python are absent, too
     tools = decoded(record.get("tools") or record.get("functions"))
     right = tools and isinstance(tools, list)
     need(right, 'no tools; give "tools": [{"name": ..., "parameters": ...}, ...]')
@@ -912,7 +912,7 @@ def read_jsonl(path, convert):
 
 # --------------------------------------------------------------------------- scoring, report
 def canonical(value, levels=100):
-    """Values are compared as strings, once 12.0 is 12; containers element by element."""
+    """As values are compared, by checks and scores: strings, 12.0 as 12; in containers, too."""
     need(levels, "nested more than 100 deep")
     if isinstance(value, dict):
         return {key: canonical(v, levels - 1) for key, v in value.items()}
