@@ -1145,6 +1145,7 @@ def test_what_the_readme_tells_of_rivals_is_of_the_rows():
     assert f"instead of TT-SI: {points:+.1f} for {tokens:.1f} times the tokens" in one_line
     rivals = {"another item's pairs": experiments.ANOTHERS, "TT-ICL": experiments.ICL}
     rivals |= {"the nearest pair's tool": experiments.NEAREST, "SFT": experiments.REAL_SFT}
+    rivals["TTT-NN"] = experiments.TTT_NN
     rivals["the vote"] = [f"majority vote over {experiments.REAL_VOTES} sampled calls"]
     for name, (label, *_) in rivals.items():
         r, against = real[label], real[f"TT-SI against {name}"]
