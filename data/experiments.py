@@ -844,7 +844,7 @@ def tables_of(group, runs, found):
     return tables
 
 
-OTHERS = tuple(label for label, *_ in REAL_CONTROLS if label != TT_SI[0])
+OTHERS = tuple(label for label, *_ in REAL_CONTROLS if label not in (TT_SI[0], ITSELF[0]))
 FORESTS = {  # name -> groups, and which of their lines; (): all
     "real.svg": {"real": (TT_SI[0], ADAPT_ALL[0], PAPER[0]), "real-controls": OTHERS},
     "own.svg": {"main": (), "controls": (), "baselines": (), "sft": PLAIN_SFT[:1], "beyond": ()},
