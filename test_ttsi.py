@@ -1125,6 +1125,8 @@ GRADES += [("g", {"x": 12}, {"x": 12}, None, False), ("", {}, {}, None, False)]
 GRADES += [("f", LIST | {"l": [1.0, {"k": 2}]}, LIST, None, True), ("f", LIST, LIST, None, True)]
 GRADES += [("f", {"x": True}, {"x": 1}, None, False), ("f", {"x": 2}, {"x": 1}, ACCEPT, True)]
 GRADES += [("f", {"y": "u"}, {}, ACCEPT, False), ("f", {"x": 1, "z": 1}, {}, {"x": [1]}, False)]
+GRADES += [("f", {"x": n, "q": 7}, {"x": 1, "q": 7}, {"x": [2]}, n < 3) for n in (1, 2, 3)]
+GRADES += [("f", {"x": 2}, {"x": 1, "q": 7}, {"x": [2]}, False)]  # q, which it does not list
 
 
 @pytest.mark.parametrize("name,given,gold,accept,right", GRADES)
@@ -1167,6 +1169,7 @@ LINES += [({"query": [1]}, ""), ({"tools": None}, ""), ({"tools": []}, ""), ({"t
 LINES += [({"id": 1}, "twice"), ({"call": "f"}, "call"), ('{"x": 1, "x": 2}', "a key twice")]
 LINES += [({"tools": [F, F]}, "f"), ({"call": F | {"name": "g"}}, "call")]
 LINES += [({"call": F | {"arguments": "{"}}, "call"), ({"accept": {"x": 1}}, "accept")]
+LINES += [({"query": None, "question": "q", "system": "s"}, "no request")]
 
 
 @pytest.mark.parametrize("change,complaint", LINES)

@@ -246,9 +246,9 @@ def outline(tools, name, generator):
     return f'{{"call": {{"name": {dumps(name)}, "arguments":{arguments}}}, "request":{GAP}}}'
 
 
-def fill(outline, tok, prompt, asked, cfg, generator):
+def fill(form, tok, prompt, asked, cfg, generator):
     """-> the draft, each value written behind all that stands before it; or up to a failure."""
-    text, *others = outline.split(GAP)
+    text, *others = form.split(GAP)
     for given in others:
         written = write_value(text, tok, prompt, asked, cfg, generator)
         end = value_end(text, written)
@@ -404,7 +404,7 @@ def train(spans, frozen, lora, cfg):
     for step in range(cfg.epochs):
         lr = cfg.lr * (1 + math.cos(math.pi * step / cfg.epochs)) / 2
         loss = -(logprob(spans, frozen) / lengths).mean()
-        gradients = torch.autograd.grad(loss, lora, allow_unused=True, materialize_grads=True)
+        gradients = torch.autograd.grad(loss, lora, materialize_grads=True)
         if cfg.optimizer == "adamw":
             for p, g in zip(lora, gradients, strict=True):
                 p.grad = g
@@ -445,9 +445,8 @@ class Prefix:
         """Reads new (R, T) behind a cache, in place -> logits (R, keep, V) of the last `keep`."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        how = {"cache": cache, "use_cache": True}  # past_key_values before transformers 5.24
         last = torch.arange(ids.shape[1])[-keep:]  # of a slice, matmul copies the head R times
-        return self.model(input_ids=ids, logits_to_keep=last, **how).logits
+        return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=last).logits
 
 
 def logprob(spans, prefix):
@@ -865,8 +864,7 @@ def to_sample(record):
     labels = [to_call(label) for label in (labels if isinstance(labels, list) else [labels])]
     answered = calls_in(messages[-1], names) if messages else []
     messages = messages[:-1] if answered else messages  # it ended with its label
-    one = len(labels) < 2 and len(answered) < 2
-    need(one, "several calls as the label: one input has one call here")
+    need(len(labels) < 2 and len(answered) < 2, "several calls as label: one input has one call")
     call = next(iter(labels + answered), None)
     right = not labels + answered or (call and call["name"] in names)
     wanted = f'{{"name": one of {names}, "arguments": {{...}}}}'
@@ -882,7 +880,8 @@ def to_sample(record):
         need(not leaked, "the messages hold the label; end them before it")
         if message["role"] == "user":
             break
-    need(messages, 'no request; give "messages": [{"role": "user", "content": "..."}]')
+    by = [message["role"] for message in messages]
+    need("user" in by, 'no request; give "messages": [{"role": "user", "content": "..."}]')
     accept = decoded(record.get("accept", {}))
     right = isinstance(accept, dict) and all(isinstance(values, list) for values in accept.values())
     need(right, '"accept" must be {argument: [acceptable values]}')
@@ -934,6 +933,7 @@ def grade(text, sample):
     given = canonical(call["arguments"])
     right = given == canonical(gold["arguments"])
     if accept and not right:
+        accept = {key: [value] for key, value in gold["arguments"].items()} | accept
         right = all(value in canonical(accept.get(key, [])) for key, value in given.items())
         right = right and all(k in given or "" in v or None in v for k, v in accept.items())
     return {"name": name, "call": right}
