@@ -2048,6 +2048,12 @@ def test_imports_and_layout():
         assert found <= top | {".gitignore"}, "something else lies at the top level"
 
 
+def test_the_embedded_model_has_its_own_data_however_its_folder_is_named(monkeypatch):
+    monkeypatch.chdir(HERE)
+    assert ttsi.Config(model="data/model/").data == ttsi.Config().data == str(DEMO)
+    assert ttsi.Config(model="model").data == str(HERE / "data" / "everyday.jsonl")
+
+
 def test_import_has_no_side_effects(capfd, monkeypatch):
     def state():
         drawn = random.getstate(), torch.get_rng_state().tolist()
@@ -2063,6 +2069,16 @@ def test_splits_are_disjoint():
     assert [len(rows) for rows in splits] == [200, 100, 500]
     tools = [{t["function"]["name"] for row in rows for t in row["tools"]} for rows in splits]
     assert not any(a & b for a, b in itertools.combinations(tools, 2)), "a tool is in two"
+
+
+def test_the_trace_in_the_readme_is_what_a_run_says(loaded):
+    shown = re.search(r"```\n(-- prompt.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    _, said = quiet("--trace", "demo-067")
+    said = re.sub(r"-?\d+\.\d{4,}", lambda m: f"{float(m[0]):.3f}", said)
+    for line in shown.splitlines():
+        for part in re.split(r"\.\.\.|  +", re.sub(r"^(-- \w+) .*", r"\1", line)):
+            assert part in said, f"{part} is not said, or earlier"
+            said = said[said.index(part) :]
 
 
 def test_readme_commands_and_example():

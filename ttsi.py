@@ -11,9 +11,9 @@
     python ttsi.py --trace demo-067                 # one sample, step by step
     python ttsi.py --model Qwen/Qwen2.5-0.5B-Instruct --data calls.jsonl --output runs/qwen.jsonl
 
-Departures from the paper, and choices where it is silent (--paper takes 1, 3 and 4 back):
- 1. One pair for each of the two tools of the margin, its keys dictated, drafted until it passes
-    label-free checks; unless both have one, none is used. Or, by --drafts, free ones, the closest.
+Departures from the paper, and choices where it is silent (--paper undoes 1, 4 and the SGD of 3):
+ 1. One pair for each of the two tools of the margin, its keys dictated; what fails label-free
+    checks is drafted anew; unless both have one, none is used. By --drafts: free ones, the closest.
  2. A pair is written call first. A copy of x is never trained on. Prompts: see --prompt.
  3. SGD along the normalised gradient, of the calls alone. No warm-up. (--paper: 1e-4, by AdamW.)
  4. The LoRA acts behind the tools only (--adapt suffix): one cache of the tools serves every stage.
@@ -78,7 +78,7 @@ class Config:
     drafts: int = flag(0, "so many of any tool at a time [paper: 1]; 0: for the k likeliest tools")
     attempts: int = flag(4, "at most, for a tool or free ones, until enough drafts pass [ours]")
     temperature: float = flag(0.7, "of drafts; answers are greedy [ours]")
-    check: bool = flag(True, "drafts must pass the label-free checks [ours]")
+    check: bool = flag(True, "draft again what fails the label-free checks [ours]")
     max_new_tokens: int = flag(256, "at most, in a draft or an answer [ours]")
     lora_rank: int = flag(8, "r [paper]")
     lora_alpha: float = flag(16.0, "the LoRA's output is scaled by alpha / r [paper]")
@@ -88,7 +88,7 @@ class Config:
     adapt: Literal["suffix", "full"] = flag("suffix", "LoRA behind the tools [ours], or everywhere")
 
     def __post_init__(self):
-        embedded = self.model == Config.model
+        embedded = Path(self.model).resolve() == (HERE / "model").resolve()
         self.data = self.data or f"{HERE}/{'demo' if embedded else 'everyday'}.jsonl"
 
 
@@ -121,7 +121,7 @@ def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
         result.decision = f"not answered: {e}"
         return result
     with stage("prefill", model):
-        after_tools = Prefix(model, x.ids[: x.head])  # read once, for H, G, T, answer
+        after_tools = Prefix(model, x.ids[: x.head])  # for H and G; by --adapt suffix for all
         after_prompt = Prefix(model, x.ids[:-1], after_tools)
 
     def by_base(decision):

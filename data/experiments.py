@@ -2,7 +2,7 @@
 
     python data/experiments.py [GROUP ...]                     # the own world, its test split
     python data/experiments.py real --model FOLDER --data FILE ...        # a real model, real data
-    python data/experiments.py real --kept                      # tables alone, of kept rows
+    python data/experiments.py --kept                           # all tables, of kept rows alone
     python data/experiments.py --quick                          # does all of it run? Keeps nothing
 
 Rows go to data/results/rows/ as they come, each is made once, by what it is a row of: method,
@@ -115,7 +115,8 @@ class Lab:
             items = head["items"] if head else 1
             wanted = min(items, self.limit or items)
             if len(rows) < wanted:
-                raise Skip(f"{len(rows)} rows of {wanted}, and none is made")
+                why = f"--kept, or no {self.args.model} (--model) or {self.data} (--data)"
+                raise Skip(f"{len(rows)} rows of {wanted}, and none is made: {why}")
             return rows
         what = json.loads(json.dumps(what | self.inputs(cfg, more)))
         ttsi.need(head == what or not (head or rows), f"{path}: rows of {head}, not of {what}")
@@ -176,7 +177,7 @@ def slim(row, sample):
         row["logp"] = {name: rounded(value) for name, value in row["logp"].items()}
         row["loss"] = [*map(rounded, row["loss"])]
         row["cost"] = {k: [round(s, 3), n] for k, (s, n) in row["cost"].items()}
-        row["drafts"] = [draft | {"text": draft_text(draft)} for draft in row["drafts"]]
+        row["drafts"] = [draft | {"text": draft_text(draft, sample)} for draft in row["drafts"]]
     return json.loads(json.dumps(row), parse_constant=lambda name: None)
 
 
@@ -202,8 +203,10 @@ def digest_of(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
 
 
-def draft_text(draft):
-    return "" if draft["pair"] or "copy" in draft["verdict"] else draft["text"]
+def draft_text(draft, sample):
+    said = [turn["content"] for turn in sample["messages"] if turn["role"] == "user"]
+    held = "copy" in draft["verdict"] or any(ttsi.copies(draft["text"], turn) for turn in said)
+    return "" if draft["pair"] or held else draft["text"]
 
 
 def kept(make):
@@ -594,7 +597,6 @@ PAPER_ALL = ("the paper's setting, adapt all", f"--paper {ALL}", using(tt_si, f"
 PAPER = ("the paper's setting", "--paper", below_tau(tt_si, f"--paper {ALL}"))
 
 FULL = below_tau(on_pairs, "--adapt full", "its own")
-SAME_FULL = ("--adapt full, the same pairs", "--adapt full", FULL)
 
 MAIN = [
     TT_SI,
@@ -637,7 +639,7 @@ CONTROLS = [
     ITSELF,
     ("tools in the file's order", "--no-shuffle", using(tt_si, "--no-shuffle")),
     PAPER,
-    SAME_FULL,
+    ("--adapt full, the same pairs", "--adapt full", FULL),
 ]
 DOSE = [(f"{n} % shifted", f"`dose`, {n} %", below_tau(dose, n)) for n in (0, 30, 60, 100)]
 DOSE.append(("0 % shifted, adapt all", "`dose`, 0 %", using(dose, 0)))
@@ -680,7 +682,6 @@ TTT_NN = ("TTT-NN: the 3 nearest labelled", "`neighbours`", below_tau(on_pairs, 
 REAL_SFT = fine_tuning(f"SFT, {DEV_LABELS} labels of dev", "pool", DEV_LABELS, REAL_SFT_LR)
 REAL_CONTROLS = [
     TT_SI,
-    SAME_FULL,
     ANOTHERS,
     NEAREST,
     ICL,
@@ -788,13 +789,9 @@ def parse_arguments(argv):
     p.add_argument("--pool", nargs="*", default=[], help="other labelled files, for SFT and TTT-NN")
     p.add_argument("--base", default="models/smollm2-135m", help="real: the model as it came")
     p.add_argument("--teacher", default="", help="who writes the pairs of TT-D")
-    p.add_argument(
-        "--flags", default=None, help="of ttsi.py; default: none; real: --dtype bfloat16"
-    )
+    p.add_argument("--flags", default=None, help="of ttsi.py; real: default --dtype bfloat16")
     p.add_argument("--only", default="", help="lines that hold this text")
-    p.add_argument(
-        "--kept", action="store_true", help="makes no row: tables of those that are there"
-    )
+    p.add_argument("--kept", action="store_true", help="makes no row; alone: tables of all")
     p.add_argument("--rows", default=str(ROWS), help="the folder of the rows")
     p.add_argument("--seeds", type=int, default=0)
     p.add_argument("--limit", type=int, default=0, help="items of each file")
@@ -844,7 +841,7 @@ def tables_of(group, runs, found):
     return tables
 
 
-OTHERS = tuple(label for label, *_ in REAL_CONTROLS if label not in (TT_SI[0], ITSELF[0]))
+OTHERS = [label for label, *_ in REAL_CONTROLS[1:] if not re.search(r"\blabel\b", label)]
 FORESTS = {  # name -> groups, and which of their lines; (): all
     "real.svg": {"real": (TT_SI[0], ADAPT_ALL[0], PAPER[0]), "real-controls": OTHERS},
     "own.svg": {"main": (), "controls": (), "baselines": (), "sft": PLAIN_SFT[:1], "beyond": ()},
@@ -884,13 +881,16 @@ def made_of_rows(args):
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
+    argv = sys.argv[1:] if argv is None else argv
     transformers.logging.set_verbosity_error()
-    for name, text in made_of_rows(args):
-        if not name.endswith(".svg"):
-            print(f"\n{name}\n\n{text}", flush=True)
-        if args.public:
-            publish(name, text)
+    every = [[], ["tune"], ["real", "tune-real"]]  # one command for all that rows show
+    for groups in every if argv == ["--kept"] else [[]]:
+        args = parse_arguments([*groups, *argv])
+        for name, text in made_of_rows(args):
+            if not name.endswith(".svg"):
+                print(f"\n{name}\n\n{text}", flush=True)
+            if args.public:
+                publish(name, text)
 
 
 if __name__ == "__main__":

@@ -119,19 +119,18 @@ def difference_of(change, means):
 
 
 def every_tau(rows):
-    """Rows of --tau 2 -> for each tau that matters, in percent: the adapted, call accuracy, and
-    "certain_only", the accuracy if the others were adapted."""
+    """Rows of --tau 2 -> for each tau that matters: the adapted, in percent; "gain", in points of
+    calls; and "certain_only", the gain if the others were adapted."""
     rows = sorted(rows, key=margin)
     out, adapted = [], 0
-    call = sum(row["scores"]["direct"]["call"] for row in rows)  # tau 0: nobody is adapted
-    others = sum(row["scores"]["answer"]["call"] for row in rows)  # or everybody
+    changes = [row["scores"]["answer"]["call"] - row["scores"]["direct"]["call"] for row in rows]
+    gain, others = 0, sum(changes)  # tau 0: nobody is adapted; or everybody
     for i, tau in enumerate([*map(margin, rows), 2.0] if rows else []):
         if not out or tau > out[-1]["tau"]:
-            counts = {"adapted": adapted, "call": call, "certain_only": others}
+            counts = {"adapted": adapted, "gain": gain, "certain_only": others}
             out.append({"tau": tau} | {key: 100 * n / len(rows) for key, n in counts.items()})
         if i < len(rows):
-            change = rows[i]["scores"]["answer"]["call"] - rows[i]["scores"]["direct"]["call"]
-            call, others = call + change, others - change
+            gain, others = gain + changes[i], others - changes[i]
             adapted += rows[i]["decision"] == "adapted"
     return out
 
@@ -208,7 +207,7 @@ def mean_of(places):
         out[f"{kind} difference"] = {"points": points, "interval": [low, high]}
     for key in ("better", "worse", "adapted"):
         out[key] = sum(r[key] for r in found)
-    for key in ("seconds ratio", "tokens ratio"):
+    for key in ("seconds", "seconds ratio", "tokens ratio"):
         out[key] = statistics.mean(r[key] for r in found)
     return out
 
@@ -250,7 +249,8 @@ def markdown(found):
             cells.append(f"{r['adapted']:.0f}/{r['n']}")
             kept_drafts, drafts = r.get("drafts kept", (0, 0))
             cells.append(f"{100 * kept_drafts / drafts:.0f} %" if drafts else "")
-            cells += [f"{r['seconds ratio']:.1f}x", f"{r['tokens ratio']:.1f}x"]
+            cells.append(f"{r['seconds']:.2g} s, {r['seconds ratio']:.1f}x")
+            cells.append(f"{r['tokens ratio']:.1f}x")
             once = r.get("once")
             cells.append(
                 "" if not once else f"{once['labels']:,.0f}, {once['tokens'] / 1e6:.2f} M tokens"
@@ -450,7 +450,7 @@ def forest_lines(group, found, only=()):
 
 
 def tau_figure(runs):
-    """Rows of --tau 2 of each place and seed -> accuracy and share adapted over tau, in the mean
+    """Rows of --tau 2 of each place and seed -> gain and share adapted over tau, in the mean
     of the runs, on the scale of -log10(1 - tau)."""
     found = [every_tau(rows) for rows in runs]
 
@@ -461,13 +461,13 @@ def tau_figure(runs):
             points.append((-math.log10(1 - tau), statistics.mean(at)))
         return points
 
-    curves = {"call": ("adapted below tau (the method)", BLUE)}
+    curves = {"gain": ("adapted below tau (the method)", BLUE)}
     curves["certain_only"] = ("adapted from tau on (the control)", RED)
-    accuracy = [y for key in curves for _, y in curve(key)]
-    low, high = 5 * math.floor(min(accuracy) / 5), 5 * math.ceil(max(accuracy) / 5)
+    gains = [y for key in curves for _, y in curve(key)]
+    low, high = 5 * math.floor(min(gains) / 5), 5 * math.ceil(max(gains) / 5)
     x = {0: "0", math.log10(2): "0.5", 1: "0.9", 2: "0.99", 3: "0.999", 4: "0.9999"}
     y = {v: str(v) for v in range(low, high + 1, 5)}
-    top = Axes(40, 70, 330, 180, x, y, "", "call accuracy, %")
+    top = Axes(40, 70, 330, 180, x, y, "", "calls, points over direct")
     y = {v: str(v) for v in range(0, 101, 25)}
     below = Axes(40, 310, 330, 110, x, y, f"tau ({TAU} by default)", "adapted, %")
     for i, (key, (label, colour)) in enumerate(curves.items()):

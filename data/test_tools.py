@@ -244,7 +244,6 @@ RESULTS = HERE / "results" / "README.md"
 KEPT_ROWS = [
     path.with_suffix("") for path in sorted((HERE / "results" / "rows").glob("*/*-0-*.jsonl.gz"))
 ]
-POOL = "seal-tools/canonical_dev_200.jsonl"
 
 
 # -------------------------------------------------------------------------------- the world
@@ -511,10 +510,11 @@ def test_every_tau_equals_gated_runs_and_their_complements(lab):
         e = next(e for e in listed if e["tau"] >= tau)
         below, above = (f(both, tau) for f in (experiments.uncertain, experiments.certain))
         n = sum(r["decision"] == "adapted" and (r["margin"] or 0) < tau for r in below)
-        right = [ttsi.summarise(rows)["TT-SI"]["call"] for rows in (below, above)]
+        told = [ttsi.summarise(rows) for rows in (below, above)]
+        gains = [s["TT-SI"]["call"] - s["direct"]["call"] for s in told]
         assert e["adapted"] == 100 * n / len(both), f"tau {tau}: another share is adapted"
-        assert e["call"] == pytest.approx(right[0]), f"tau {tau}: another accuracy"
-        assert e["certain_only"] == pytest.approx(right[1]), f"tau {tau}: another control"
+        assert e["gain"] == pytest.approx(gains[0]), f"tau {tau}: another gain"
+        assert e["certain_only"] == pytest.approx(gains[1]), f"tau {tau}: another control"
     assert figures.every_tau([]) == [], "without rows there is no tau"
     assert listed[-1]["adapted"] >= 400 / len(both), "choose other samples"
 
@@ -847,6 +847,14 @@ def test_a_row_that_is_not_finite_is_kept():
     row |= {"loss": [None, 0.12345], "drafts": []}
     kept = experiments.slim(row, sample)
     assert kept["loss"] == [None, 0.1235] and kept["logp"] == {"f": None}, "another row"
+
+
+def test_a_kept_row_holds_no_turn_of_the_user():
+    turns = [{"role": r, "content": f"pay {r} the rent"} for r in ("user", "assistant")]
+    said = ("so: Pay user the RENT", "pay assistant the rent", "pay user")
+    drafts = [{"text": text, "verdict": "wrong type", "pair": None} for text in said]
+    kept = [experiments.draft_text(draft, {"messages": turns}) for draft in drafts]
+    assert kept == ["", *said[1:]], "a benchmark's text is kept, or another is not"
 
 
 def test_rows_of_other_data_or_weights_are_refused(lab, tmp_path):
@@ -1236,26 +1244,37 @@ def test_publishing_replaces_what_is_between_the_marks_and_no_more(tmp_path):
     assert file.read_text() == want, "published elsewhere"
 
 
+def files_of(stem, digests, folder):
+    """-> files with these digests: here, beside this checkout, or made as they once were."""
+    if stem == "test-plain":
+        ttsi.save(folder / f"{stem}.jsonl", map(json.dumps, world.records("test", 500, 0, 0)))
+    for dev in BENCHMARKS.rglob("canonical_dev_200.jsonl") if stem == "dev_60" else ():
+        ttsi.save(folder / f"{stem}.jsonl", dev.read_text().splitlines()[:60])
+    every = [path for at in (HERE, folder, BENCHMARKS) for path in sorted(at.rglob("*.jsonl"))]
+    found = {choose.digest(path): str(path) for path in every}
+    return [found[digest] for digest in digests if digest in found]
+
+
 @slow
 @pytest.mark.parametrize("file", KEPT_ROWS, ids=lambda file: f"{file.parent.name}/{file.name}")
-def test_five_rows_of_each_run_are_made_again(file, tmp_path_factory):
+def test_five_rows_of_each_run_are_made_again(file, tmp_path, tmp_path_factory):
     together = tmp_path_factory.getbasetemp() / "again"  # what is composed of others finds them
     head, rows = experiments.read_rows(file)
     model = {"model": HERE / "model"}.get(
         file.parent.name, HERE.parent / "models" / file.parent.name
     )
     stem = file.name.partition(f"-{head['method']}-")[0]
-    data = [HERE / f"{stem}.jsonl", *BENCHMARKS.rglob(f"{stem}.jsonl")]
-    data = [path for path in data if path.exists()]
-    if not (model.is_dir() and data) or head["method"] == "sft":
+    files = head["data"] + head["pool"]
+    found = files_of(stem, files, tmp_path)
+    if not model.is_dir() or len(found) < len(files) or head["method"] == "sft":
         pytest.skip("its model or data are not at hand, or it is trained for minutes")
     args = experiments.parse_arguments(
         ["--model", str(model), "--rows", str(together), "--flags", ""]
     )
-    args.pool = [*map(str, sorted(BENCHMARKS.glob(POOL)))]
+    args.pool = found[1:]
     flags = " ".join(map(flag_of, head["flags"].items()))
     flags += f" --teacher {HERE / 'teacher'}" if head["teacher"] else ""
-    again = experiments.Lab(args, data[0], 5)
+    again = experiments.Lab(args, found[0], 5)
     method = getattr(experiments, head["method"])
     made = method(again, head["seed"], flags, *head["more"])
     for row in made[:-1] if "another's" in head["more"] else made:  # who is the last one's next?

@@ -1,6 +1,6 @@
 """The embedded world: its tools, its data, its tokenizer and its model, all from one seed.
 
-    python data/world.py                # everything, half an hour on two CPU cores; resumable
+    python data/world.py                # everything, forty minutes on two CPU cores; resumable
     python data/world.py --data-only    # the jsonl files alone, in seconds
     python data/world.py --teacher      # data/model, trained on: the teacher of TT-D
 
