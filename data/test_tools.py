@@ -949,7 +949,7 @@ def test_a_printed_line_by_hand(monkeypatch):
     assert r["auroc"] == pytest.approx({"name": 5 / 6, "call": 1 / 2}), "of other answers"
     want = f"| x | b | 60.0 -> 100.0 | 40.0 -> 60.0 | +40.0 {ends} | +20.0 {ends} | 2 / 1 | 5 |"
     line = figures.markdown({"x": {"here": r | {"by": "b"}}}).splitlines()[2]
-    assert line == f"{want}  | 5/5 | 67 % | 2.0x | 3.0x |  |"
+    assert line == f"{want}  | 5/5 | 67 % | 2 s, 2.0x | 3.0x |  |"
     assert figures.difference(figures.mean_of([[rows], [rows]])) == f"+20.0 {ends}"
 
 
