@@ -690,7 +690,7 @@ REAL_CONTROLS = [
     TTT_NN,
     ITSELF,
     REAL_SFT,
-    ("the model as it came", "--base", below_tau(as_it_came)),
+    ("TT-SI, the model as it came", "--base", below_tau(as_it_came)),
     versus("TT-SI against another item's pairs", OURS, ANOTHERS[2]),
     versus("TT-SI against the nearest pair's tool", OURS, NEAREST[2]),
     versus("TT-SI against TT-ICL", OURS, ICL[2]),

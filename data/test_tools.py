@@ -1159,7 +1159,7 @@ def test_what_the_readme_tells_of_rivals_is_of_the_rows():
         r, against = real[label], real[f"TT-SI against {name}"]
         cells = f"{gain(r)} | {gain(against)} | {r['tokens ratio']:.1f}x"
         assert f"| {cells} |" in said, f"{name}: README lacks {cells}"
-    came = gain(real["the model as it came"])
+    came = gain(real["TT-SI, the model as it came"])
     assert f"As it came it gains {came} on Seal-Tools, from no right call" in one_line
     own = numbers_at("own world", "main")
     against = own["TT-SI against the nearest pair's tool"]
