@@ -36,6 +36,7 @@ import world  # noqa: E402
 
 import ttsi  # noqa: E402
 
+torch.set_num_threads(1)  # as kept rows were made; and products are small
 BENCHMARKS = HERE.parent.parent / "shared" / "benchmarks"
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="long; runs with SLOW=1")
 beside = pytest.mark.skipif(not BENCHMARKS.exists(), reason="no benchmarks beside this checkout")
@@ -159,10 +160,7 @@ TOLD = ("decision", "answer", "direct", "scores", "drafts", "pairs", "loss", "ma
 def lab(tmp_path_factory):
     """The embedded model on six samples of the demo; rows are shared by the tests."""
     args = experiments.parse_arguments(["--rows", str(tmp_path_factory.mktemp("rows"))])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # products are small; on a busy machine two threads take much longer
-    yield experiments.Lab(args, HERE / "demo.jsonl", 6)
-    torch.set_num_threads(threads)
+    return experiments.Lab(args, HERE / "demo.jsonl", 6)
 
 
 def other(lab, **changes):
@@ -1257,6 +1255,21 @@ def files_of(stem, digests, folder):
     return [found[digest] for digest in digests if digest in found]
 
 
+READ, SAME = ("prefill", "score"), ("id", "tools", "offered", "right")
+
+
+def as_kept(key, row, kept, half):
+    """In half precision another processor rounds otherwise: names score about the same, and what
+    is written diverges."""
+    if key == "cost":
+        return all(row[key].get(k, [0, 0])[1] == kept[key].get(k, [0, 0])[1] for k in READ)
+    if key == "logp":
+        return row[key] == pytest.approx(kept[key], abs=1 if half else 0.05)
+    if half or key in ("votes", "loss"):
+        return row[key] == kept[key] or key not in SAME
+    return row[key] == (pytest.approx(kept[key], abs=0.01) if key == "margin" else kept[key])
+
+
 @slow
 @pytest.mark.parametrize("file", KEPT_ROWS, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_five_rows_of_each_run_are_made_again(file, tmp_path, tmp_path_factory):
@@ -1270,21 +1283,23 @@ def test_five_rows_of_each_run_are_made_again(file, tmp_path, tmp_path_factory):
     found = files_of(stem, files, tmp_path)
     if not model.is_dir() or len(found) < len(files) or head["method"] == "sft":
         pytest.skip("its model or data are not at hand, or it is trained for minutes")
-    args = experiments.parse_arguments(
-        ["--model", str(model), "--rows", str(together), "--flags", ""]
-    )
+    where = ["--model", str(model), "--rows", str(together)]
+    args = experiments.parse_arguments([*where, f"--flags=--dtype {head['flags']['dtype']}"])
     args.pool = found[1:]
     flags = " ".join(map(flag_of, head["flags"].items()))
     flags += f" --teacher {HERE / 'teacher'}" if head["teacher"] else ""
     again = experiments.Lab(args, found[0], 5)
     method = getattr(experiments, head["method"])
     made = method(again, head["seed"], flags, *head["more"])
-    for row in made[:-1] if "another's" in head["more"] else made:  # who is the last one's next?
-        for key, value in rows[row["id"]].items():
-            if key not in ("cost", "votes", "logp", "loss"):
-                same = row[key] == value
-                close = isinstance(value, float) and row[key] == pytest.approx(value, abs=0.01)
-                assert same or close, f"{row['id']}: another {key}: {row[key]}, not {value}"
+    made = made[:-1] if "another's" in head["more"] else made  # who is the last one's next?
+    half = head["flags"]["dtype"] == "bfloat16"
+    for row in made:
+        kept = rows[row["id"]]
+        others = [key for key in kept if not as_kept(key, row, kept, half)]
+        assert not others, f"{row['id']}: {[(key, row[key], kept[key]) for key in others]}"
+    graded = [(row, rows[row["id"]]) for row in made if "scores" in row]
+    agree = sum(row["scores"]["answer"] == kept["scores"]["answer"] for row, kept in graded)
+    assert agree >= 0.6 * len(graded), "most answers are graded otherwise"
 
 
 @slow
