@@ -4,18 +4,17 @@
     H  l_n = log P(a_n | x) for each tool name a_n on offer, p = softmax(l), u = p(1) - p(2)
        u >= tau: certain, answer with the base parameters
     G  u <  tau: uncertain, the same model writes K similar pairs (x', y'); it sees no label of x
-    T  a temporary LoRA is trained on these pairs, and x is answered with it;
+    T  a temporary LoRA is trained on these pairs, x is answered with it;
        then everything is reset: nothing learned is carried over to the next input
 
     python ttsi.py                                  # embedded model and data, offline
     python ttsi.py --trace demo-067                 # one sample, step by step
     python ttsi.py --model Qwen/Qwen2.5-0.5B-Instruct --data calls.jsonl --output runs/qwen.jsonl
 
-Departures from the paper, and choices where it is silent (--paper undoes 1, 4 and the SGD of 3):
- 1. One pair for each of the two tools of the margin, its keys dictated; what fails label-free
-    checks is drafted anew; unless both have one, none is used. By --drafts: free ones, the closest.
- 2. A pair is written call first. A copy of x is never trained on. Prompts: see --prompt.
- 3. SGD along the normalised gradient, of the calls alone. No warm-up. (--paper: 1e-4, by AdamW.)
+Departures from the paper, and choices where it is silent (--paper undoes 1, 3 and 4):
+ 1. One pair for each of the two likeliest tools, or none; an outline gives tool and keys.
+ 2. A pair is written call first, and a copy of x is never trained on.
+ 3. Polyak's step, on the tokens of the calls alone, no warm-up. (--paper: AdamW at 1e-4.)
  4. The LoRA acts behind the tools only (--adapt suffix): one cache of the tools serves every stage.
  5. Tools are offered in a seeded order (--shuffle): benchmarks list the right one first.
 
@@ -26,7 +25,6 @@ ids[begin:] is scored behind ids[:begin].
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -35,11 +33,9 @@ import sys
 import time
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
-from datetime import date
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 from typing import Literal
 
@@ -48,7 +44,8 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-HERE = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "data"
+PAPER = "--k 1 --drafts 1 --given nothing --no-check --optimizer adamw --lr 1e-4 --adapt full"
 
 
 def flag(default, text):
@@ -56,10 +53,8 @@ def flag(default, text):
 
 
 @dataclasses.dataclass
-class Config:
-    """Every field is a flag. [paper]: stated there or reported from it; [ours]: our choice."""
-
-    model: str = flag(f"{HERE}/model", "folder or hub name of a model; default: the embedded one")
+class Config:  # every field is a flag; [paper]: stated there or reported from it; [ours]: chosen
+    model: str = flag(f"{DATA}/model", "folder or hub name of a model; default: the embedded one")
     data: str = flag("", "samples, JSON lines; default: data/everyday.jsonl, embedded: demo.jsonl")
     output: str = flag("", "a JSON row for each sample goes here; a run that was cut off goes on")
     teacher: str = flag("", "a model that writes the drafts in the other's place: TT-D [paper]")
@@ -69,354 +64,303 @@ class Config:
     seed: int = flag(0, "of drafts, LoRA initialisation and candidate order")
     device: str = flag("auto", "a torch device; auto: cuda, else mps, else cpu")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: float32 on cpu")
-    prompt: Literal["auto", "native", "ours"] = flag(
-        "auto", "tools as the chat template shows them (native), or as text (ours); auto: if it can"
-    )
     shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
     tau: float = flag(0.95, "adapt where the margin is below it; 2: always, 0: never [paper]")
-    k: int = flag(2, "tools to write a pair for, all or none; free ones: at most [ours; paper: 1]")
-    drafts: int = flag(0, "so many of any tool at a time [paper: 1]; 0: for the k likeliest tools")
-    attempts: int = flag(4, "at most, for a tool or free ones, until enough drafts pass [ours]")
+    k: int = flag(2, "pairs, one for each of the k likeliest tools [ours; paper: 1]")
+    drafts: int = flag(4, "for each of these tools, all at once [ours; paper: 1]")
+    given: Literal["keys", "name", "nothing"] = flag("keys", "of a draft [ours; paper: nothing]")
     temperature: float = flag(0.7, "of drafts; answers are greedy [ours]")
-    check: bool = flag(True, "draft again what fails the label-free checks [ours]")
+    check: bool = flag(True, "refuse drafts by label-free checks [ours]")
     max_new_tokens: int = flag(256, "at most, in a draft or an answer [ours]")
     lora_rank: int = flag(8, "r [paper]")
     lora_alpha: float = flag(16.0, "the LoRA's output is scaled by alpha / r [paper]")
-    optimizer: Literal["sgd", "adamw"] = flag("sgd", "normalised steps, or AdamW [ours]")
-    lr: float = flag(3e-4, "of the cosine; sgd: a parameter's change, r.m.s. [ours; paper: 1e-4]")
+    optimizer: Literal["polyak", "adamw"] = flag("polyak", "see `train` [ours]")
+    lr: float = flag(0.7, "of the cosine; polyak: part of the loss to take [ours; paper: 1e-4]")
     epochs: int = flag(5, "steps, each on all k pairs [paper: 5, k = 1]")
     adapt: Literal["suffix", "full"] = flag("suffix", "LoRA behind the tools [ours], or everywhere")
-
-    def __post_init__(self):
-        embedded = Path(self.model).resolve() == (HERE / "model").resolve()
-        self.data = self.data or f"{HERE}/{'demo' if embedded else 'everyday'}.jsonl"
-
-
-PAPER = "--k 1 --drafts 1 --attempts 1 --no-check --optimizer adamw --lr 1e-4 --adapt full"
 
 
 # ------------------------------------------------------------------------------- Algorithm 1
 @dataclasses.dataclass
-class Result:
-    """What Algorithm 1 did with one input. What it did not come to is empty."""
-
+class Result:  # what Algorithm 1 did with one input, as --trace tells it
     id: str
-    logp: dict = dataclasses.field(default_factory=dict)  # H: tool name -> l_n, nats
-    margin: float | None = None  # H: u = p(1) - p(2), from 0 to 1
-    drafts: list = dataclasses.field(default_factory=list)  # G: all, {text, verdict, pair or None}
-    pairs: list = dataclasses.field(default_factory=list)  # G: trained on, {request, call}
-    loss: list = dataclasses.field(default_factory=list)  # T: before each step, nats per token
-    decision: str = ""  # "adapted", or why the base answers, or "not answered: why"
-    answer: str = ""  # the text that the model wrote
-    cost: dict = dataclasses.field(default_factory=dict)  # stage -> [seconds, forward tokens]
+    logp: dict = flag(None, "H: l_n of each tool name, nats, but for what all have in common")
+    margin: float = flag(None, "H: u = p(1) - p(2), from 0 to 1; uncertain below tau")
+    drafts: list = flag((), "G: all that were written, with what the checks say")
+    pairs: list = flag((), "G: those to train on")
+    loss: list = flag(None, "T: before each step, in nats per token of the calls")
+    decision: str = flag("", "adapted, or why the base answers, or why nothing does")
+    answer: str = flag("", "the text that the model wrote")
+    cost: dict = flag(None, "of each stage: seconds, and tokens read")
 
 
-def tt_si(model, tok, sample, cfg, supplied=None, teacher=None):
-    """Algorithm 1 for one input -> Result. Pairs may be supplied; a teacher is (model, tok)."""
-    result = Result(sample["id"])
-    stage = functools.partial(measured, result.cost)
-    try:
+def tt_si(model, tok, sample, cfg, writer=None):
+    """Algorithm 1 for one input -> Result. A teacher, (model, tok), may write the drafts."""
+    result = Result(sample["id"], cost={})
+    stage = functools.partial(measured, model, result.cost)
+    writer = writer or (model, tok)
+    model.eval()
+
+    with stage("read"):
         x = prepare(tok, sample, cfg)
-    except InputError as e:  # beyond the context, or refused by the chat template
-        result.decision = f"not answered: {e}"
-        return result
-    with stage("prefill", model):
-        after_tools = Prefix(model, x.ids[: x.head])  # for H and G; by --adapt suffix for all
+        after_tools = Prefix(model, x.ids[: x.head])
         after_prompt = Prefix(model, x.ids[:-1], after_tools)
-
-    def by_base(decision):
-        with stage("answer", model):
-            result.answer = write(tok, x.ids, after_prompt, cfg)[0]
-        result.decision = decision
-        return result
-
-    with stage("score", model):  # H: l_n = log P(a_n | x)
+    with stage("score"):  # H: l_n = log P(a_n | x)
         result.logp = score(x, after_prompt)
     result.margin = margin(result.logp)  # u = p(1) - p(2)
-    if not result.margin < cfg.tau:  # certain; or nan, where every comparison is false
-        return by_base("certain" if result.margin >= cfg.tau else "score not finite")
 
-    writer = teacher or (model, tok)
-    with stage("generate", writer[0]):  # G: (x', y') ~ P( . | x)
-        result.drafts, result.pairs = generate(*writer, x, after_tools, result.logp, cfg, supplied)
+    # A margin that is no number is not below tau.
+    uncertain = result.margin < cfg.tau
+    if uncertain:
+        with stage("generate"):  # G: (x', y') ~ P( . | x)
+            result.drafts = generate(*writer, x, after_tools, result.logp, cfg)
+            result.pairs = choose(result.drafts, result.logp, cfg)
     if not result.pairs:
-        return by_base("no pair")
-    spans = [pair_span(x, pair) for pair in result.pairs]
-    head = x.ids[: x.head] if cfg.adapt == "suffix" else []  # ids: commonprefix takes any lists
-    shared = os.path.commonprefix([head, *(ids for ids, _ in spans)])  # tokens may merge at its end
-    with stage("train", model):
-        frozen = Prefix(model, shared, after_tools)  # the LoRA acts behind it
+        result.decision = "no pair" if uncertain else "certain"
+        with stage("answer"):
+            result.answer = write(tok, x.ids, after_prompt, cfg)[0]
+        return result
+
+    with stage("train"):
+        spans = [span(tok, x, pair["request"], pair["call"]) for pair in result.pairs]
+        frozen = before_lora(x, spans, after_tools, cfg)
     with temporary_lora(model, cfg, draw(cfg.seed, x.id, "adapter")) as lora:
-        with stage("train", model):  # T: theta' = theta + LoRA, trained on (x', y')
+        with stage("train"):  # T: theta' = theta + LoRA, trained on (x', y')
             result.loss = train(spans, frozen, lora, cfg)
-        finite = all(p.isfinite().all() for p in [*lora, torch.tensor(result.loss)])
-        with stage("answer", model):  # y ~ P'( . | x)
-            result.answer = write(tok, x.ids, frozen, cfg)[0] if finite else ""
+        with stage("answer"):  # y ~ P'( . | x), by a fresh forward pass
+            result.answer = write(tok, x.ids, frozen, cfg)[0]
     # Reset: the block has ended, the LoRA is gone; the base parameters were never written.
     result.decision = "adapted"
-    return result if finite else by_base("training not finite")
-
-
-@contextmanager
-def measured(cost, stage, model):
-    """Adds to cost[stage] seconds and forward tokens, padding too; with a backward pass twice."""
-    spent, start, before = cost.setdefault(stage, [0.0, 0]), time.perf_counter(), Prefix.tokens
-    yield
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize(model.device)
-    spent[0] += time.perf_counter() - start
-    spent[1] += Prefix.tokens - before
+    return result
 
 
 # ------------------------------------------------------------------------- H: self-awareness
 @torch.no_grad()
 def score(x, after_prompt):
-    """H. -> {tool name: l_n, nats}: of its tokens and closing quote, behind a call's opening."""
+    """H. -> {tool name: l_n, nats}, but for what all candidates have in common."""
     logp = []  # N
-    for i in range(0, len(x.candidates), 8):  # in groups, so that memory does not grow with N
+    # In groups, so that memory does not grow with N.
+    for i in range(0, len(x.candidates), 8):
         logp += logprob(x.candidates[i : i + 8], after_prompt).tolist()
-    return dict(zip((tool["name"] for tool in x.tools), logp, strict=True))
+    return dict(zip(x.schemas, logp, strict=True))
 
 
-# FORK HERE: another uncertainty, e.g. 1 - entropy / log N for N > 1. Below tau means uncertain.
-def margin(logp):
+def margin(logp):  # FORK HERE: another uncertainty, below tau
     """Relative Softmax Scoring: u = p(1) - p(2) of p = softmax(l); without a runner-up 1 [ours]."""
     p = torch.tensor([*logp.values()], dtype=torch.float64).softmax(0)  # (N,)
-    first, *second = p.topk(min(2, len(p))).values.tolist()
-    return first - sum(second)
+    if len(p) == 1:
+        return 1.0
+    first, second = p.topk(2).values.tolist()
+    return first - second
 
 
 # ------------------------------------------------------------------------------ G: self-data
-# FORK HERE: another generation prompt. `outline`, `parse`, `judge`, `draft_over` hold its form.
+# FORK HERE: another generation prompt, whose form `outline` and `judge` know
 DRAFT = (
     "Write a DIFFERENT request of the same kind as the one below, for any of the tools, and its"
     ' call, as a JSON object {"call": {"name": ..., "arguments": {...}}, "request": "..."} and'
     " nothing else.\n\n"
 )
-UNSAID = "a value is not in the request"  # or written otherwise there: the pair is a last resort
+GAP = "\0"  # in an outline: here the model writes a JSON value
+UNSAID = "a value is not in the request"  # or worded otherwise there: the pair is a last resort
+SCALARS = {"integer": r"[-+]?\d+", "number": r"[-+]?[\d.]+(e[-+]?\d+)?", "boolean": "true|false"}
 
 
-def generate(model, tok, x, after_tools, logp, cfg, supplied=None):
-    """G. -> (drafts [{text, verdict, pair}], the pairs to train on): one for each of the K tools
-    that are likeliest, if each of them has one; or of free or supplied ones the K closest to x."""
-    drafts, pairs = [], []
-    if supplied is not None:  # they were written elsewhere
-        for pair in supplied:
-            drafts.append(judge(dumps(pair), drafts, x, cfg))
-        return drafts, closest(drafts, x.request)[: cfg.k]
-    try:
-        prompt, _ = render(tok, cfg, x.tools, [*x.system, turn("user", DRAFT + x.request)])
-        ids = to_ids(tok, cfg, prompt)
-    except InputError as e:
-        return [{"text": "", "verdict": str(e), "pair": None}], []
-    asked = Prefix(model, ids[:-1], after_tools)
-    likeliest = sorted(logp, key=logp.get, reverse=True)[: cfg.k]
-    for tool in [None] if cfg.drafts else likeliest:  # None: any
-        start, n = len(drafts), 1 if tool else cfg.k
-        for _ in range(cfg.attempts):
-            if tool:
-                g = draw(cfg.seed, x.id, tool, len(drafts) - start)
-                texts = [fill(outline(x.tools, tool, g), tok, prompt, asked, cfg, g)]
-            else:
-                gs = [draw(cfg.seed, x.id, "draft", len(drafts) + i) for i in range(cfg.drafts)]
-                uniform = torch.stack([torch.rand(cfg.max_new_tokens, generator=g) for g in gs])
-                texts = write(tok, ids, asked, cfg, uniform, draft_over)
-            for text in texts:
-                drafts.append(judge(text, drafts, x, cfg))
-            if sum(draft["verdict"] == "kept" for draft in drafts[start:]) >= n:
-                break
-        best = closest(drafts[start:], x.request)[:n]
-        if not best:  # a pair for one of two likely tools would pull the answer to it
-            return drafts, []
-        pairs += best
-    return drafts, pairs
+def generate(model, tok, x, after_tools, logp, cfg):
+    """G. -> drafts {text, verdict, pair or None}, so many for each of the K likeliest tools.
+
+    All are written in one batch. Drafts that were supplied (--pairs) are judged alike.
+    """
+    texts, drafts = x.supplied, []
+    if texts is None:
+        outlines, uniforms = [], []
+        for tool in likeliest(logp, cfg.k):
+            for n in range(cfg.drafts):
+                rng = draw(cfg.seed, x.id, tool, n)
+                outlines.append(outline(tool, x.schemas[tool], cfg.given, rng))
+                uniforms.append(torch.rand(cfg.max_new_tokens, generator=rng))
+        try:
+            ids, _ = span(tok, x, DRAFT + x.request)
+        except InputError as e:  # it exceeds the context
+            return [{"text": "", "verdict": f"{e}", "pair": None}]
+        asking = Prefix(model, ids[:-1], after_tools)
+        texts = write(tok, ids, asking, cfg, outlines, torch.stack(uniforms))
+    for text in texts:
+        drafts.append(judge(text, drafts, x, cfg))
+    return drafts
 
 
-GAP = "\0"  # where a JSON value is to be written
-VALUES = (' "a"', " 1", " [1]", " {}", " true")  # one of each kind, to see where they part
+def likeliest(logp, k):
+    return sorted(logp, key=logp.get, reverse=True)[:k]
 
 
-def outline(tools, name, generator):
-    """-> a draft for a tool with gaps: for what its schema requires, and for the rest by a draw."""
-    rules, required, complete = schema_of(tools, name)
-    drawn = torch.rand(len(rules), generator=generator).tolist()
-    keys = [key for key, level in zip(rules, drawn, strict=True) if key in required or level < 0.5]
-    arguments = " {" + ", ".join(f"{dumps(key)}:{GAP}" for key in keys) + "}"
-    arguments = arguments if rules or complete else GAP
-    return f'{{"call": {{"name": {dumps(name)}, "arguments":{arguments}}}, "request":{GAP}}}'
+def outline(name, schema, given, rng):
+    """-> a draft as texts, between each two of which the model writes a JSON value (|).
+
+    nothing  {|
+    name     {"call": {"name": "book", "arguments":|}, "request": "|}
+    keys     {"call": {"name": "book", "arguments": {"city": "|, "nights":|}}, "request": "|}
+
+    A value may begin with the text's last character. Of the optional keys half are drawn.
+    """
+    if given == "nothing":
+        return ["{", ""]
+    fields = []
+    for key, rule in schema["properties"].items():
+        quote = ' "' if rule.get("type") == "string" else ""
+        drawn = torch.rand((), generator=rng) < 0.5
+        if key in schema["required"] or drawn:
+            fields.append(f"{dumps(key)}:{quote}{GAP}")
+    arguments = GAP
+    if given == "keys" and not is_open(schema):
+        arguments = " {" + ", ".join(fields) + "}"
+    text = f'{{"call": {{"name": {dumps(name)}, "arguments":{arguments}}}, "request": "{GAP}}}'
+    return text.split(GAP)
 
 
-def fill(form, tok, prompt, asked, cfg, generator):
-    """-> the draft, each value written behind all that stands before it; or up to a failure."""
-    text, *others = form.split(GAP)
-    for given in others:
-        written = write_value(text, tok, prompt, asked, cfg, generator)
-        end = value_end(text, written)
-        if end < 1:
-            return written
-        text = written[:end] + given
-    return text
-
-
-def write_value(text, tok, prompt, asked, cfg, generator):
-    """-> the text, and behind it a JSON value and what else its last token holds."""
-    spans = [encode(tok, prompt, text + value) for value in VALUES]
-    ids = os.path.commonprefix([ids for ids, _ in spans])  # tokens may merge where they meet
-    known = (text + " ")[: spans[0][1][len(ids) - 1] - len(prompt)]  # the part that ids spell
-    room = len(asked.ids) + 1 + cfg.max_new_tokens - len(ids)  # prompt and draft, without ids
-    if room < 1:
-        return text
-
-    def over(new):
-        return value_end(text, known + new)
-
-    uniform = torch.rand(1, room, generator=generator)
-    left = dataclasses.replace(cfg, max_new_tokens=room)
-    return known + write(tok, ids, asked, left, uniform, over)[0]
+def is_open(schema):
+    """Does a schema allow for more arguments than its top-level properties?"""
+    beyond = {"$ref", "allOf", "anyOf", "oneOf", "patternProperties"}
+    return bool(beyond & schema.keys()) or schema.get("additionalProperties", False) is not False
 
 
 def judge(text, before, x, cfg):
     """-> a draft {text, verdict, pair or None}; `before` are the drafts before it."""
-    draft = {"text": text, "verdict": "no JSON object with a request and a call", "pair": None}
-    value, rest = parse(text, STRICT)
-    request, call = value.get("request"), to_call(value.get("call"))
-    if isinstance(request, str) and request.strip() and call and not rest:
-        pair = {"request": request.strip(), "call": call}
-        draft["verdict"] = fault(pair, before, x, cfg) or "kept"
-        draft["pair"] = pair if draft["verdict"] in ("kept", UNSAID) else None
-    return draft
-
-
-# FORK HERE: checks of your own. They see the request, the tools and earlier drafts, never a label.
-def fault(pair, before, x, cfg):
-    """What is wrong with a pair {request, call} that was written for x; UNSAID; or ""."""
-    request, arguments = pair["request"], pair["call"]["arguments"]
     try:
-        pair_span(x, pair)
-    except InputError as e:  # the chat template refuses it, or it exceeds the context
-        return str(e)
-    rules, required, complete = schema_of(x.tools, pair["call"]["name"])
-    texts = []  # what the request should hold
+        value = composed(DECODER.decode(text))
+        pair = {"request": value["request"].strip(), "call": to_call(value["call"])}
+        span(x.tok, x, pair["request"], pair["call"])  # it may exceed the context
+    except MALFORMED:
+        return {"text": text, "verdict": "no request and call", "pair": None}
+    verdict = fault(pair, before, x, cfg) or "kept"
+    return {"text": text, "verdict": verdict, "pair": pair}
+
+
+def fault(pair, before, x, cfg):  # FORK HERE: checks of your own
+    """-> what is wrong with a pair {request, call}, as far as x tells, without a label; or ""."""
+    request, call = pair["request"], pair["call"]
+    if any(copies(request, turn) for turn in x.turns):
+        # Even with --no-check: --pairs might hold x, with its label.
+        return "copy of the request"
+    if not cfg.check:
+        return ""
+    if any(words(request) == words(d["pair"]["request"]) for d in before if d["verdict"] == "kept"):
+        return "written before"
+    if call["name"] not in x.schemas:
+        return "tool not on offer"
+    schema, arguments = x.schemas[call["name"]], call["arguments"]
+    rules = schema["properties"]
+    if not set(schema["required"]) <= arguments.keys():
+        return "required argument missing"
+    if not is_open(schema) and not arguments.keys() <= rules.keys():
+        return "unknown argument"
+    if not all(fits(value, rules.get(key, {})) for key, value in arguments.items()):
+        return "wrong type or not in enum"
     for key, value in arguments.items():
-        rule = rules.get(key, {})
-        is_text = isinstance(value, str) and "str" in str(rule.get("type", "string")).lower()
-        if is_text and not rule.get("enum"):
-            texts.append(value.strip().casefold())
-    typed = [fits(value, rules[key]) for key, value in arguments.items() if key in rules]
-    earlier = [words(d["pair"]["request"]) for d in before if d["verdict"] == "kept"]
-    faults = {
-        "tool not on offer": pair["call"]["name"] not in [tool["name"] for tool in x.tools],
-        "required argument missing": not required <= arguments.keys(),
-        "unknown argument": complete and not arguments.keys() <= rules.keys(),
-        "wrong type or not in enum": not all(typed),
-        "copy of the request": any(copies(request, text) for text in x.asked),
-        "written before": words(request) in earlier,
-        UNSAID: any(text not in request.casefold() for text in texts),
-    }
-    if not cfg.check:  # even then: --pairs might hold x, with its label
-        faults = {"copy of the request": faults["copy of the request"]}
-    return next((name for name, found in faults.items() if found), "")
-
-
-# Type -> what the JSON of a canonical value must match; "5" is that of 5, too.
-TYPES = {"string": '".*"', "integer": r'"[-+]?\d+"', "number": r'"[-+]?[\d.]+(e[-+]?\d+)?"'}
-TYPES |= {"boolean": '"(true|false)"', "null": '"null"', "object": r"\{.*", "array": r"\[.*"}
-# In scripts without blanks (Thai to Khmer, kana, Han) each character is a word.
-BLANKLESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{BLANKLESS}]|[^\W{BLANKLESS}]+")
-
-
-def fits(value, rule):
-    """Is a value in the enum of its rule, or else of its type? As for `grade`, 5 is "5"."""
-    value, kinds, enum = canonical(value), rule.get("type") or "any", rule.get("enum")
-    enum = enum if isinstance(enum, list) else []
-    allowed = [str(canonical(v)).casefold() for v in enum if v is not None]
-    if allowed and isinstance(value, str):
-        return value.casefold() in allowed
-    forms = [TYPES.get(str(k), ".*") for k in (kinds if isinstance(kinds, list) else [kinds])]
-    return any(re.fullmatch(form, dumps(value), re.S) for form in forms)
+        is_free = isinstance(value, str) and "enum" not in rules.get(key, {})
+        if is_free and value.strip().casefold() not in request.casefold():
+            return UNSAID
+    return ""
 
 
 def words(text):
-    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return re.findall(r"\w+", text.casefold())
 
 
-def copies(request, text):
-    """Does a request say a text word for word, or hold one of three words and more?"""
-    said, part = words(request), words(text)
-    return said == part or (len(part) > 2 and f" {' '.join(part)} " in f" {' '.join(said)} ")
+def copies(request, turn):
+    """Does a request say a turn of x word for word, or hold one of three words and more?"""
+    new, old = words(request), words(turn)
+    inside = len(old) > 2 and f" {' '.join(old)} " in f" {' '.join(new)} "
+    return not new or new == old or inside
 
 
-def closest(drafts, request):
-    """-> the usable pairs: the kept first, of these first what shares most words with x, where
-    rare ones weigh more."""
-    usable = [draft for draft in drafts if draft["pair"]]
-    found = Counter(word for draft in usable for word in set(words(draft["pair"]["request"])))
-    weight = {w: math.log((len(usable) + 1) / (found[w] + 1)) for w in words(request)}
+def fits(value, rule):
+    """Is a value in the enum of its rule, or else of its type? As for `grade`, "5" is 5."""
+    kind, value = rule.get("type"), canonical(value)
+    if rule.get("enum"):
+        return value in canonical(rule["enum"])
+    if kind in ("array", "object"):
+        return isinstance(value, list if kind == "array" else dict)
+    if kind in ("string", *SCALARS):
+        return isinstance(value, str) and re.fullmatch(SCALARS.get(kind, "(?s).*"), value)
+    return True
 
-    def nearness(draft):
-        here = words(draft["pair"]["request"])
-        return draft["verdict"] == "kept", sum(v for word, v in weight.items() if word in here)
 
-    return [draft["pair"] for draft in sorted(usable, key=nearness, reverse=True)]  # stable
+def choose(drafts, logp, cfg):
+    """-> the pairs to train on: one for each of the K likeliest tools, or none, as one alone would
+    pull the answer to its tool; of free or supplied drafts the first K."""
+    usable = [d["pair"] for d in drafts if d["verdict"] == "kept"]
+    usable += [d["pair"] for d in drafts if d["verdict"] == UNSAID]
+    if cfg.given == "nothing" or cfg.pairs:
+        return usable[: cfg.k]
+    pairs = []
+    for tool in likeliest(logp, cfg.k):
+        about = [pair for pair in usable if pair["call"]["name"] == tool]
+        if not about:
+            return []
+        pairs.append(about[0])
+    return pairs
 
 
 # ----------------------------------------------------------------------- T: self-improvement
-def linear_layers(model):
-    """All of the text decoder, so neither the head nor a vision tower; GPT-2's Conv1D is one."""
-    kinds = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
-    return [m for m in model.get_decoder().modules() if isinstance(m, kinds)]
+def before_lora(x, spans, after_tools, cfg):
+    """-> what the base has read of all spans and of x; the LoRA acts behind it (--adapt)."""
+    if cfg.adapt == "full":
+        return Prefix(after_tools.model, [])
+    # A token may merge at the end of the tools with what comes behind them.
+    shared = os.path.commonprefix([x.ids[: x.head], *(ids for ids, _ in spans)])
+    return Prefix(after_tools.model, shared, after_tools)
 
 
 @contextmanager  # FORK HERE: another adapter
-def temporary_lora(model, cfg, generator):
+def temporary_lora(model, cfg, rng):
     """A LoRA on every linear layer -> its parameters, float32. Leaving the block is the reset.
 
     x --+-- W, frozen --------------------------------+--> y     A uniform in +-1/sqrt(d_in), B = 0:
         '-- A (d_in, r) -- B (r, d_out) -- alpha / r -'          at first, nothing changes
     """
-    parameters, hooks, r = [], [], cfg.lora_rank
-    try:
-        for layer in linear_layers(model):
-            W = layer.weight.T if isinstance(layer, torch.nn.Linear) else layer.weight
-            A = (torch.rand(len(W), r, generator=generator) * 2 - 1) / len(W) ** 0.5
-            A = A.to(model.device).requires_grad_()  # (d_in, r)
-            B = torch.zeros(r, W.shape[1], device=model.device, requires_grad=True)  # (r, d_out)
+    parameters, r, scale = [], cfg.lora_rank, cfg.lora_alpha / cfg.lora_rank
+    layers = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
+    # The hooks go with the block, even by an exception.
+    with ExitStack() as hooks:
+        for layer in layers:
+            A = (torch.rand(layer.in_features, r, generator=rng) * 2 - 1) / layer.in_features**0.5
+            A = A.to(model.device).requires_grad_()
+            B = torch.zeros(r, layer.out_features, device=model.device, requires_grad=True)
 
             def add(layer, inputs, y, A=A, B=B):  # inputs[0] (R, T, d_in), y (R, T, d_out)
-                if isinstance(y, tuple):  # a router is left as it is
-                    return y
-                return (y + cfg.lora_alpha / r * (inputs[0].float() @ A @ B)).to(y.dtype)
+                return (y + scale * (inputs[0].float() @ A @ B)).to(y.dtype)
 
-            hooks.append(layer.register_forward_hook(add))
+            hooks.callback(layer.register_forward_hook(add).remove)
             parameters += [A, B]
         yield parameters
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def train(spans, frozen, lora, cfg):
     """T. Steps on the LoRA, in place -> the loss before each, in nats per token of the calls."""
     adamw = torch.optim.AdamW(lora, weight_decay=0.0)  # afresh: no old moments
-    lengths = torch.tensor([len(ids) - begin for ids, begin in spans]).to(lora[0].device)  # (K,)
+    lengths = [len(ids) - begin for ids, begin in spans]
+    lengths = torch.tensor(lengths, device=lora[0].device)  # (K,)
     losses = []
-    for step in range(cfg.epochs):
-        lr = cfg.lr * (1 + math.cos(math.pi * step / cfg.epochs)) / 2
+    for epoch in range(cfg.epochs):
+        lr = cfg.lr * (1 + math.cos(math.pi * epoch / cfg.epochs)) / 2
         loss = -(logprob(spans, frozen) / lengths).mean()
         gradients = torch.autograd.grad(loss, lora, materialize_grads=True)
+        losses.append(loss.item())
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        if not 0 < norm < math.inf:
+            break
         if cfg.optimizer == "adamw":
             for p, g in zip(lora, gradients, strict=True):
                 p.grad = g
             adamw.param_groups[0]["lr"] = lr
             adamw.step()
         else:  # FORK HERE: another update rule
-            size = sum(p.numel() for p in lora)  # so that one rate fits models of all sizes
-            rms = torch.nn.utils.get_total_norm(gradients).clamp(min=1e-12) / size**0.5
+            # Polyak's step takes the fraction lr of the loss, were it linear: one rate for all.
+            step = lr * losses[-1] / norm**2
             with torch.no_grad():
                 for p, g in zip(lora, gradients, strict=True):
-                    p -= lr * g / rms
-        losses.append(loss.item())
+                    p -= step * g
     return losses
 
 
@@ -432,7 +376,8 @@ class Prefix:
         self.model, self.ids, new = model, ids, ids
         self.cache = transformers.DynamicCache(config=model.config)
         if before and before.model is model and ids[: len(before.ids)] == before.ids:
-            self.cache, new = before.copy(1), ids[len(before.ids) :]
+            self.cache = before.copy(1)
+            new = ids[len(before.ids) :]
         if new:
             self.forward(self.cache, torch.tensor([new]), 1)
 
@@ -445,105 +390,152 @@ class Prefix:
         """Reads new (R, T) behind a cache, in place -> logits (R, keep, V) of the last `keep`."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        last = torch.arange(ids.shape[1])[-keep:]  # of a slice, matmul copies the head R times
+        # Places, not a number: of a slice, matmul copies the head R times.
+        last = torch.arange(new.shape[1])[-keep:]
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=last).logits
 
 
+@contextmanager
+def measured(model, cost, stage):
+    """Adds to cost[stage] seconds and tokens read: padding too; with a backward pass twice."""
+    spent = cost.setdefault(stage, [0.0, 0])
+    start, before = time.perf_counter(), Prefix.tokens
+    yield
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
+    spent[0] += time.perf_counter() - start
+    spent[1] += Prefix.tokens - before
+
+
 def logprob(spans, prefix):
-    """-> (R,) log P of each of R spans, in nats.
+    """-> (R,) nats: of R spans (ids, begin), log P of ids[begin:] behind ids[:begin].
 
     tokens   t0    t1    t2    t3      the logits at one position
     logits   '---> '---> '---> '       predict the token at the next
     """
     n = len(prefix.ids)
-    rows = pad_sequence([torch.tensor(ids[n:]) for ids, _ in spans], batch_first=True)  # (R, T)
+    rows = [torch.tensor(ids[n:]) for ids, _ in spans]
+    rows = pad_sequence(rows, batch_first=True)  # (R, T)
     labels = torch.full_like(rows, -100)  # what is -100 gives no loss
     for row, (ids, begin) in zip(labels, spans, strict=True):
         row[begin - n : len(ids) - n] = torch.tensor(ids[begin:])
-    labels = labels[:, min(begin for _, begin in spans) - n :]  # (R, L); before, none is scored
+    # Before the first scored token no logits are needed.
+    first = min(begin for _, begin in spans) - n
+    labels = labels[:, first:]  # (R, L)
     logits = prefix.forward(prefix.copy(len(spans)), rows, labels.shape[1] + 1)[:, :-1].float()
     labels = labels.to(logits.device)
     return -torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").sum(1)
 
 
+@dataclasses.dataclass
+class Row:
+    """A text that is being written: an outline's parts are forced, values between them sampled."""
+
+    parts: list  # of the outline, those to come
+    text: str = ""  # what is settled: parts, and the values between them
+    ids: list = dataclasses.field(default_factory=list)  # tokens of what is written
+    queue: list = dataclasses.field(default_factory=list)  # tokens that the model is to read next
+    over: bool = False
+
+
 @torch.no_grad()
-def write(tok, ids, prefix, cfg, uniform=None, over=lambda text: parse(text)[0]):
-    """-> [the greedy text], or R texts, drawn by uniform (R, tokens). One ends at an end token, or
-    once it is over: by default, when it holds a call."""
+def write(tok, ids, prefix, cfg, outlines=(("",),), uniforms=None):
+    """-> a text behind ids for each of R outlines, in one batch, token by token: drawn by uniforms
+    (R, tokens), or else greedy. By default one answer, up to the end of its call."""
     ends = prefix.model.generation_config.eos_token_id  # no more of it: no penalties
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    n = 1 if uniform is None else len(uniform)
-    cache, new = prefix.copy(n), torch.tensor([ids[len(prefix.ids) :]] * n)  # (R, T), then (R, 1)
-    written, texts = [[] for _ in range(n)], [None] * n
-    for step in range(cfg.max_new_tokens):
+    rows = []
+    for text, *parts in outlines:
+        row = Row(parts, text)
+        force(tok, row)
+        row.queue = ids[len(prefix.ids) :] + row.queue
+        rows.append(row)
+    cache = prefix.copy(len(rows))
+    length = len(prefix.ids) - len(ids)  # of the texts, as far as they are read
+    while length < cfg.max_new_tokens - 1 and not all(row.over for row in rows):
+        n = min(len(row.queue) for row in rows)
+        new = torch.tensor([row.queue[:n] for row in rows])  # (R, n)
         logits = prefix.forward(cache, new, 1)[:, -1]  # (R, V)
-        if uniform is None or cfg.temperature == 0:
-            new = logits.argmax(-1, keepdim=True)
-        else:
-            cdf = (logits.float() / cfg.temperature).softmax(-1).cumsum(-1)  # (R, V)
-            level = uniform[:, step, None].to(cdf.device) * cdf[:, -1:]  # (R, 1)
-            new = torch.searchsorted(cdf, level, right=True).clamp(max=cdf.shape[1] - 1)
-        for row, token in enumerate(new[:, 0].tolist()):
-            if texts[row] is None:
-                if token not in ends:
-                    written[row].append(token)
-                text = tok.decode(written[row], skip_special_tokens=True)
-                if token in ends or step == cfg.max_new_tokens - 1 or over(text):
-                    texts[row] = text
-        if None not in texts:
-            break
-    return texts
+        length += n
+        level = None
+        if uniforms is not None and cfg.temperature > 0:
+            level = uniforms[:, min(length, cfg.max_new_tokens - 1)]  # (R,)
+        tokens = pick(logits, level, cfg.temperature)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            row.queue = row.queue[n:]
+            if not row.queue:
+                take(tok, row, token, ends)
+    return [row.text if row.over else spell(tok, row.ids) for row in rows]
+
+
+def pick(logits, level, temperature):
+    """-> (R,) the likeliest tokens; or those where the cumulated P passes level (R,)."""
+    if level is None:
+        return logits.argmax(-1)
+    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (R, V)
+    # Rounding may keep the sum from 1.
+    level = level[:, None].to(cdf.device) * cdf[:, -1:]  # (R, 1)
+    tokens = torch.searchsorted(cdf, level, right=True)[:, 0]
+    return tokens.clamp(max=cdf.shape[1] - 1)
+
+
+# What may come behind an outline's part, by its last character: values that begin differently.
+BEHIND = {
+    '"': ("a", "1"),
+    "{": ('"call": {"name": "a', '"request": "a'),
+    ":": (' "a', " 1", ' {"a', " [1", " t"),
+}
+
+
+def force(tok, row):
+    """Queues the tokens of a row's text that are the same whatever value comes behind it."""
+    if row.text:
+        rest = row.text[len(spell(tok, row.ids)) :]
+        spelled = [continuation(tok, rest + value)[0] for value in BEHIND[row.text[-1]]]
+        row.queue = os.path.commonprefix(spelled)
+        row.ids = row.ids + row.queue
+
+
+def take(tok, row, token, ends):
+    """Adds the model's next token to a row; where its value has ended, the next part is forced."""
+    row.queue = [token]
+    if row.over:  # it rides along until all are
+        return
+    written = spell(tok, row.ids + [token])
+    begin = len(row.text) - row.text.endswith(('"', "{"))
+    if token in ends:
+        row.over, row.text = True, spell(tok, row.ids)
+        return
+    if not row.parts:
+        end = parse(written)[1]
+    elif written[: len(row.text)] == row.text[: len(written)]:
+        end = json_end(written[begin:])
+    else:
+        end = -1
+    if end == 0:
+        row.ids.append(token)
+    elif end < 0 or not row.parts:
+        row.over, row.text = True, written
+    else:
+        # The token is not read yet, and may hold more than the value's end: it is replaced.
+        row.text = written[: begin + end] + row.parts.pop(0)
+        row.over = not row.parts
+        if row.parts:
+            force(tok, row)
+        if row.parts and not row.queue:
+            take(tok, row, token, ends)
 
 
 # ------------------------------------------------------------------------ prompts and tokens
-SYSTEM = (
-    'Answer the request with one tool call, a JSON object {"name": ..., "arguments": {...}} and'
-    " nothing else. Tools:\n"
-)
+TASK = 'Answer with one tool call, {"name": ..., "arguments": {...}}, and nothing else. Tools:'
+CLOCK = "{% macro strftime_now(form) %}01 January 2026{% endmacro %}"  # one date for all days
+NAME = "TOOLNAME"  # a tool's name in a rendered call, to be replaced: some templates spoil odd ones
 ID = "000000000"  # of every call: some templates want one of nine characters
-PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n\n{% endfor %}Answer:"
-# No thinking, and one date for all days.
-RENDER = {"tokenize": False, "enable_thinking": False, "date_string": "01 January 2026"}
-CODES = [f"| replace('%{c}', '{date(2026, 1, 1):%{c}}')" for c in "aAbBdeHIjmMpSyY"]
-PINNED = "{% macro strftime_now(form) %}{{ form | replace('%-d', '1')"
-PINNED += "".join(CODES) + " }}{% endmacro %}\n"
-WORD_RULE = {"word": {"type": "string", "description": "a word"}}
-PROBE = {"name": "look_up", "description": "Looks a word up.", "parameters": {"type": "object"}}
-PROBE["parameters"] |= {"properties": WORD_RULE, "required": ["word"]}
-BARE = {"description": "", "parameters": {"type": "object", "properties": {}}}
-
-
-def turn(role, content, **more):
-    return {"role": role, "content": content} | more
-
-
-def prepare(tok, sample, cfg):
-    """-> x, all that Algorithm 1 sees; InputError: template or context cannot take the sample."""
-    tools, messages = sample["tools"], sample["messages"]
-    if cfg.shuffle:  # by seed and names alone
-        tools = sorted(tools, key=lambda tool: tool["name"])
-        g = draw(cfg.seed, "order", [tool["name"] for tool in tools])
-        tools = [tools[i] for i in torch.randperm(len(tools), generator=g)]
-    x = SimpleNamespace(id=sample["id"], tools=tools, tok=tok, cfg=cfg)
-    x.system = [m for m in messages if m["role"] == "system"]  # it stands before a pair, too
-    x.request = user_text([m for m in messages if m["role"] != "system"])
-    x.asked = [m["content"] for m in messages if m["role"] == "user"]
-    prompt, zero = render(tok, cfg, tools, messages, {"name": "0", "arguments": {"x": 1}})
-    _, one = render(tok, cfg, tools, messages, {"name": "1", "arguments": {"x": 1}})
-    another, _ = render(tok, cfg, tools, [*x.system, turn("user", "-")])
-    x.ids, other = to_ids(tok, cfg, prompt), to_ids(tok, cfg, another)
-    x.head = len(os.path.commonprefix([x.ids[:-1], other]))  # length of the tools' part, if first
-    opening = os.path.commonprefix([zero, one])  # '{"name": "'; in zero then '0", ...' follows
-    spans = []  # N: each name and its closing quote, as tokenised in a whole answer
-    for tool in tools:
-        text = opening + dumps(tool["name"])[1:-1]
-        ids, ends = encode(tok, prompt, text + zero[len(opening) + 1 :])
-        begin = sum(end <= len(prompt + opening) for end in ends)
-        quote = sum(end <= len(prompt + text) for end in ends)
-        spans.append((ids[: quote + 1], begin))
-    begin = min(begin for _, begin in spans)  # one for all: a name's first token may hold the quote
-    x.candidates = [(ids, begin) for ids, _ in spans]
-    return x
+SCHEMA = {"type", "required", "title", "description", "additionalProperties", "$defs", "$ref"}
+SCHEMA |= {"allOf", "anyOf", "oneOf", "not", "patternProperties"}
+ROLES = ("system", "user", "assistant", "tool")
+EMPTY = {"type": "object", "properties": {}, "required": []}
+PROBE = {"name": "look_up", "description": "Looks a word up.", "parameters": EMPTY}
 
 
 def draw(*key):
@@ -552,618 +544,509 @@ def draw(*key):
     return torch.Generator().manual_seed(int(digest[:16], 16) >> 1)
 
 
-def user_text(messages):
-    """The request; a dialogue becomes a transcript, earlier calls and results included."""
-    turns = []
-    for message in messages:
-        if text := message["content"].strip():
-            turns.append(f"{message['role']}: {text}" if len(messages) > 1 else text)
-        for call in message.get("tool_calls", []):
-            turns.append(f"call: {dumps(call['function'])}")
-    return "\n".join(turns)
+def prepare(tok, sample, cfg):
+    """-> x: all that Algorithm 1 sees of a sample, which is everything but its label."""
+    tools, messages = sample["tools"], sample["messages"]
+    if cfg.shuffle:
+        # By seed and names alone: neither the file's order nor the label shows.
+        tools = sorted(tools, key=lambda tool: tool["name"])
+        rng = draw(cfg.seed, "order", [tool["name"] for tool in tools])
+        tools = [tools[i] for i in torch.randperm(len(tools), generator=rng)]
+    x = SimpleNamespace(id=sample["id"], tok=tok, tools=tools, supplied=sample.get("pairs"))
+    x.schemas = {tool["name"]: tool["parameters"] for tool in tools}
+    x.system = [m for m in messages if m["role"] == "system"]  # it stands before a pair, too
+    x.request = transcript([m for m in messages if m["role"] != "system"])
+    x.turns = [m["content"] for m in messages if m["role"] == "user"]
+    x.ids, _ = encode(tok, tools, messages)
+    # The tools are what two prompts begin with, but for a token that a request might merge with.
+    other, _ = span(tok, x, "-")
+    x.head = max(len(os.path.commonprefix([x.ids, other])) - 1, 0)
+    x.candidates = candidates(tok, x)
+    return x
+
+
+def candidates(tok, x):
+    """-> N spans: the call of each tool, up to the token that closes its name; else the shorter of
+    two names could never lose."""
+    before, after = render_call(tok, {"name": NAME, "arguments": {}}).split(dumps(NAME), 1)
+    calls = []  # N
+    for name in x.schemas:
+        text = before + dumps(name)
+        ids, ends = continuation(tok, text + after)
+        closing = sum(end < len(text) for end in ends)
+        calls.append(ids[: closing + 1])
+    # What all begin with is not scored: it adds the same to every l_n, and softmax ignores that.
+    shared = len(os.path.commonprefix(calls))
+    return [(x.ids + ids, len(x.ids) + shared) for ids in calls]
+
+
+def span(tok, x, request, call=None):
+    """-> (ids, begin): the prompt of a request about the tools of x, and behind it a call."""
+    return encode(tok, x.tools, [*x.system, {"role": "user", "content": request}], call)
+
+
+def encode(tok, tools, messages, call=None):
+    """-> (ids, begin): a prompt by the model's chat template, and from begin on a call. The tools
+    are in the template's own form (native), or else as text in one user turn."""
+    if takes_tools(tok, tok.chat_template):
+        prompt = render(tok, messages, tools)
+    else:
+        text = "\n".join([TASK, *map(dumps, tools), "", transcript(messages)])
+        prompt = render(tok, [{"role": "user", "content": text}])
+    # Ids are joined, not texts: none of the prompt merges with those of the call.
+    ids = tok(prompt, add_special_tokens=False).input_ids
+    more = continuation(tok, render_call(tok, call))[0] if call else []
+    n = len(ids + more)
+    need(n <= tok.model_max_length, f"prompt and answer, {n} tokens and more, exceed the context")
+    return ids + more, len(ids)
+
+
+def render(tok, messages, tools=None, answered=False):
+    """-> messages as the chat template writes them; unless answered, the next is the model's."""
+    if tools:
+        tools = [{"type": "function", "function": tool} for tool in tools]
+    how = dict(tokenize=False, enable_thinking=False, date_string="01 January 2026")
+    try:
+        template = CLOCK + tok.get_chat_template(tools=tools)
+        how |= {"chat_template": template, "add_generation_prompt": not answered}
+        return tok.apply_chat_template(messages, tools=tools, **how)
+    except Exception as e:  # a template may raise whatever it likes
+        text = "let at most one system turn come first, then user and assistant in turn"
+        raise InputError(f"the chat template refuses this dialogue ({e}): {text}") from e
+
+
+def render_call(tok, call, native=None):
+    """-> what continues any prompt with a call: in the template's own form, or as JSON."""
+    if native is None:
+        native = takes_tools(tok, tok.chat_template)
+    if not native:
+        return dumps(call)
+    # Behind a plain request: behind a tool's result some templates close that only now.
+    user = {"role": "user", "content": "?"}
+    function = {"name": NAME, "arguments": call["arguments"]}
+    calls = [{"id": ID, "type": "function", "function": function}]
+    turn = {"role": "assistant", "content": "", "tool_calls": calls}
+    prompt = render(tok, [user], [PROBE])
+    whole = render(tok, [user, turn], [PROBE], answered=True)
+    need(whole.startswith(prompt), "the chat template's prompt does not begin its own answer")
+    return whole.removeprefix(prompt).replace(dumps(NAME), dumps(call["name"]), 1)
 
 
 @functools.cache
-def takes_tools(tok):
-    """Does the chat template show tools, and a call as what continues the prompt, to be parsed?"""
-    call, native = {"name": "look_up", "arguments": {"word": "tide"}}, Config(prompt="native")
+def takes_tools(tok, template):
+    """Does a chat template show tools, and a call in a form that can be parsed?"""
+    call = {"name": "look_up", "arguments": {"word": "tide"}}
     with suppress(InputError):
-        _, rest = render(tok, native, [PROBE], [turn("user", "What is a tide?")], call)
-        return to_call(parse(rest)[0]) == call
+        prompt = render(tok, [{"role": "user", "content": "?"}], [PROBE])
+        return "look_up" in prompt and parse(render_call(tok, call, native=True))[0] == call
     return False
 
 
-def render(tok, cfg, tools, messages, call=None):
-    """-> (prompt by the chat template, what continues it with a call). Its own form of tools and
-    calls (native), or ours: tools and request as text. A system turn may have to be folded."""
-    native = cfg.prompt == "native" or (cfg.prompt == "auto" and takes_tools(tok))
-    if native:
-        while len(messages) > 1 and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]  # a template would close it; G reads it (x.request)
-    else:
-        system = SYSTEM + "\n".join(dumps(tool) for tool in tools)
-        messages = [turn("system", system), turn("user", user_text(messages))]
-    first, *others = messages
-    forms = [messages]
-    if first["role"] == "system" and others:
-        folded = f"{first['content']}\n\n{others[0]['content']}"
-        forms.append([others[0] | {"content": folded}, *others[1:]])
-    shown = [tool["name"] for tool in tools]
-    shown += [message["content"] for message in messages if message["role"] in ("system", "user")]
-    called = [{"id": ID, "type": "function", "function": call}]
-    why = "it does not show tools and request"
-    for form, lacking in itertools.product(forms, ({}, BARE)):  # some want what a tool may lack
-        offered = [{"type": "function", "function": lacking | tool} for tool in tools]
-        how = RENDER | {"tools": offered if native else None}
-        try:
-            template = tok.get_chat_template(tools=how["tools"]) if tok.chat_template else PLAIN
-            how["chat_template"] = PINNED + template
-            prompt = tok.apply_chat_template(form, add_generation_prompt=True, **how)
-            whole = prompt + dumps(call)
-            if native and call:
-                answer = turn("assistant", "", tool_calls=called)
-                whole = tok.apply_chat_template([*form, answer], **how)
-        except Exception as e:  # jinja2's own: some templates raise on a system role
-            why = " ".join(str(e).split())[:80]
-            continue
-        seen = "".join(prompt.split())  # some strip or collapse blanks
-        if all("".join(text.split()) in seen for text in shown) and whole.startswith(prompt):
-            return prompt, whole.removeprefix(prompt)
-    raise InputError(f"the chat template cannot take this: {why}")
+def continuation(tok, text):
+    """-> (ids of a text that stands behind another, where in the text each of them ends)."""
+    # A stand-in takes the blank that some tokenizers put before a text.
+    stand_in = "a" if text[:1].isdigit() else "0"
+    out = tok(stand_in + text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end - 1 for _, end in out.offset_mapping]
+    n = sum(end <= 0 for end in ends)
+    return out.input_ids[n:], ends[n:]
 
 
-def encode(tok, prompt, rest=""):
-    """-> (token ids, where each ends in prompt + rest), as decoding comes by them: first the
-    prompt's own, even where its last character would merge with what follows."""
-    out = tok(prompt, add_special_tokens=False, return_offsets_mapping=True)
-    ids, ends = out.input_ids, [end for _, end in out.offset_mapping]
-    if not rest:
-        return ids, ends
-    whole = encode(tok, prompt + rest)
-    if whole[0][: len(ids)] == ids:
-        return whole
-    more, places = encode(tok, "0" + rest)  # 0 is cut off: first in a text, rest may get a blank
-    n = sum(end <= 1 for end in places)
-    return ids + more[n:], ends + [len(prompt) - 1 + end for end in places[n:]]
+def spell(tok, ids):
+    return tok.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def to_ids(tok, cfg, prompt):
-    """-> token ids of a prompt with room to answer."""
-    ids, _ = encode(tok, prompt)
-    n = len(ids) + cfg.max_new_tokens
-    need(n <= tok.model_max_length, f"prompt and answer, {n} tokens, exceed the context")
-    return ids
+def transcript(messages):
+    """The request; a dialogue becomes "role: text" lines, earlier calls and results included."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    lines = []
+    for message in messages:
+        calls = [dumps(call["function"]) for call in message.get("tool_calls", [])]
+        lines.append(" ".join([f"{message['role']}:", message["content"], *calls]))
+    return "\n".join(lines)
 
 
-def pair_span(x, pair):
-    """-> span of a pair's call after the prompt of its request."""
-    turns = [*x.system, turn("user", pair["request"])]
-    prompt, rest = render(x.tok, x.cfg, x.tools, turns, pair["call"])
-    ids, ends = encode(x.tok, prompt, rest)
-    need(len(ids) <= x.tok.model_max_length, "exceeds the context")
-    return ids, sum(end <= len(prompt) for end in ends)
+# ------------------------------------------------------------------------ JSON, data, grades
+dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
+DECODER = json.JSONDecoder(strict=False)
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
-# ----------------------------------------------------------- JSON, of models and files; data
 class InputError(ValueError):
     """Bad input, told in one line: where, what is wrong, and what would be right."""
 
 
-def need(ok, message):
+def need(ok, text):
     if not ok:
-        raise InputError(message)
+        raise InputError(text)
 
 
-def present(items):
-    """A JSON object; null, which Arrow writes for what is absent, is absent."""
-    return {key: value for key, value in items if value is not None}
+def composed(value):
+    """A JSON value with its letters composed (NFC), as some tokenizers do; ValueError where it is
+    none: NaN, or half a character."""
+    text = unicodedata.normalize("NFC", dumps(value))
+    text.encode()
+    return json.loads(text)
 
 
-def once(items):
-    keys = [key for key, _ in items]
-    need(len(set(keys)) == len(keys), f"a key twice: {keys}")
-    return present(items)
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=present, strict=False)  # a key twice: its last
-STRICT = json.JSONDecoder(object_pairs_hook=once, strict=False)  # a key twice: refused
-dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
-
-
-def sound(value):
-    """A JSON value, or a ValueError: too deep, NaN, 1e999, or no text for a tokenizer."""
-    canonical(value)
-    dumps(value).encode()
-    return value
-
-
-def decoded(value):
-    """What a string says that holds JSON; anything else as it is."""
-    if isinstance(value, str):
-        with suppress(ValueError, RecursionError):
-            return sound(STRICT.decode(value.strip() or "null"))
-    return value
-
-
-def jsonlike(text):
-    """Python's True, False and None, outside of strings, as JSON's; of the same length."""
-    python = {"True": "true", "False": "false", "None": "null"}
-    at = max(text.find("{"), 0)  # prose may hold a lone quote
-    skip = r'"(?:\\.|[^"\\])*"|\b(?:True|False|None)\b'
-    return text[:at] + re.sub(skip, lambda found: python.get(found[0], found[0]), text[at:])
-
-
-WRAPPERS = {"call", "function", "tool_calls", "tool_call", "function_call", "action", "answer"}
-
-
-def parse(text, decoder=DECODER):
-    """-> (the first JSON object in a model's text that is a call or a pair, what follows it); {}
-    is none. One still open is not searched inside, or a draft would end with its call."""
-    text = jsonlike(text)
-    at = text.find("{")
-    while at >= 0:
-        value, end = read_object(text, at, decoder)
-        if value is None:
-            break
-        if isinstance(value.get("name"), str) or value.keys() >= {"call", "request"}:
-            return value, text[end:].strip()
-        at = text.find("{", at + 1 if value.keys() & WRAPPERS else end)
-    return {}, ""
-
-
-def read_object(text, at, decoder=DECODER):
-    """-> (the JSON object that begins there, its end); None while it is open, {} if it is none."""
+def json_end(text):
+    """-> where the JSON value ends that a text begins with; 0: it is open; -1: it is none."""
+    start = len(text) - len(text.lstrip())
     try:
-        value, end = decoder.raw_decode(text, at)
-        return sound(value), end
+        _, end = DECODER.raw_decode(text, start)
     except json.JSONDecodeError as e:
-        cut = re.compile(r"[\w.+-]*\s*\Z").match(text, e.pos)  # at its end, or in a last word
-        return (None, at) if cut or e.msg.startswith("Unterminated") else ({}, at + 1)
-    except RecursionError:  # so deep that none of it will be read
-        return None, at
-    except ValueError:
-        return {}, at + 1
-
-
-def draft_over(text):
-    """Is a draft whole, or no pair any more? Its first brace must come soon, and open the pair."""
-    text = jsonlike(text)
-    opening = re.search(r'{\s*("\w*|)', text)
-    if not opening:
-        return len(text) > 200  # characters
-    begins = '"call"'.startswith(opening[1]) or '"request"'.startswith(opening[1])
-    return not begins or read_object(text, opening.start())[0] is not None
-
-
-def value_end(text, written):
-    """-> where in `written` the JSON value behind `text` ends; 0: not yet, -1: it never will."""
-    if not written.startswith(text):
-        return 0 if text.startswith(written) else -1
-    written = jsonlike(written)
-    at = len(written) - len(written[len(text) :].lstrip())
-    value, end = read_object(written, at)
-    if end == at:
-        return 0
-    if value == {} and end == at + 1:
+        # It is open where the fault is its end, or in a last word: tru, -, 1e
+        is_last = re.fullmatch(r"[\w.+-]*\s*", text[e.pos :])
+        return 0 if is_last or e.msg.startswith("Unterminated") else -1
+    except RecursionError:
         return -1
-    more = written[at] not in '"[{' and re.fullmatch(r"[\w.+-]*", written[end:])  # of a number
-    return 0 if more else end
+    is_word = text[start] not in '"[{'
+    return 0 if is_word and re.fullmatch(r"[\w.+-]*", text[end:]) else end
+
+
+def parse(text):
+    """-> (the first call in a text, where it ends), or (None, 0). Thoughts hold drafts of it."""
+    start = text.rfind("</think>") + 1
+    if "<think>" in text[start:]:
+        return None, 0
+    at = text.find("{", start)
+    while at >= 0:
+        end = json_end(text[at:])
+        if end == 0:  # what an open object holds might become its arguments
+            break
+        if end > 0:
+            with suppress(MALFORMED):
+                return to_call(DECODER.decode(text[at : at + end])), at + end
+        at = text.find("{", at + 1)
+    return None, 0
 
 
 def to_call(value):
-    """-> {name, arguments}, or None, of what APIs and models write; arguments may be JSON text."""
-    with suppress(AttributeError):  # no object
-        call = decoded(value)
-        inner = decoded(call.get("function"))
-        call = inner if isinstance(inner, dict) else call
-        given = (call.get(key) for key in ("arguments", "parameters", "input", "args"))
-        arguments = decoded(next(filter(None, given), {})) or {}
-        if isinstance(call.get("name"), str) and isinstance(arguments, dict):
-            return {"name": call["name"], "arguments": arguments}
-    return None
+    """-> {name, arguments}; the arguments may be JSON text, or be called parameters."""
+    arguments = value.get("arguments", value.get("parameters")) or {}
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    need(isinstance(value["name"], str) and isinstance(arguments, dict), "no call")
+    return composed({"name": value["name"], "arguments": arguments})
 
 
-# What is not understood of a JSON schema: nothing is checked by one that has such a key.
-BEYOND = {"$ref", "$defs", "allOf", "anyOf", "oneOf", "not", "if", "patternProperties"}
-
-
-def schema_of(tools, name):
-    """-> ({argument: rule}, required, are these all? Unless it says otherwise [ours]) of a tool."""
-    schema = next((tool.get("parameters") for tool in tools if tool["name"] == name), None)
-    schema = schema if isinstance(schema, dict) else {}
-    rules, required = schema.get("properties"), schema.get("required")
-    if not isinstance(rules, dict) or BEYOND & schema.keys():
-        return {}, set(), False
-    rules = {key: rule if isinstance(rule, dict) else {} for key, rule in rules.items()}
-    listed = rules.keys() & set(map(str, required if isinstance(required, list) else []))
-    for key, rule in rules.items():  # what may be null need not be there
-        if "null" in f"{rule.get('type')} {rule.get('anyOf')}" or rule.get("nullable") is True:
-            listed.discard(key)
-    return rules, listed, schema.get("additionalProperties", False) is False
-
-
-def to_tool(tool, place):
-    """-> {name, parameters, ...} of what OpenAI, MCP, Anthropic or xLAM calls a tool."""
-    tool = decoded(tool)
-    tool = decoded(tool.get("function", tool)) if isinstance(tool, dict) else {}
-    right = isinstance(tool, dict) and isinstance(tool.get("name"), str) and tool["name"]
-    need(right, f'{place}: no "name"; give {{"name": ..., "parameters": JSON schema}}')
-    tool = {"parameters" if k in ("inputSchema", "input_schema") else k: tool[k] for k in tool}
-    schema = decoded(tool.get("parameters"))
-    rules = schema if isinstance(schema, dict) else {}
-    keywords = BEYOND | {"properties", "additionalProperties"}
-    if rules and not rules.keys() & keywords and all(isinstance(r, dict) for r in rules.values()):
-        required = [key for key in rules if rules[key].get("required") is True]
-        schema = {"type": "object", "properties": rules, "required": required}
-    return tool if schema is None else tool | {"parameters": schema}
-
-
-ROLES = dict(system="system developer", user="user human", assistant="assistant model gpt agent")
-ROLES |= {"tool": "tool function ipython observation tool_response"}  # as they are called elsewhere
-
-
-def to_message(message, place):
-    """-> {role, content, ...} as chat templates take it: text, and calls with their arguments."""
-    message = decoded(message)
-    message = dict(message) if isinstance(message, dict) else {}
-    role = str(message.get("role")).lower()
-    role = next((r for r, names in ROLES.items() if role in names.split()), None)
-    need(role, f'{place} must be {{"role": {" or ".join(ROLES)}, "content": text}}')
-    parts = message.get("content", "")
-    parts = parts if isinstance(parts, list) else [parts]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if role == "tool":  # a result may be anything
-        texts = [t if isinstance(t, str) else dumps(p) for t, p in zip(texts, parts, strict=True)]
-        message["tool_call_id"] = ID
-    need(all(isinstance(t, str) for t in texts), f'{place}: its "content" must be text')
-    single = message.pop("function_call", None)  # the form before tool_calls
-    calls = decoded(message.pop("tool_calls", "")) or single or []
-    calls = [to_call(call) for call in (calls if isinstance(calls, list) else [calls])]
-    need(all(calls), f"{place}: a call without name or arguments")
-    message |= {"role": role, "content": "\n".join(texts)}
-    if calls:
-        message["tool_calls"] = [{"id": ID, "type": "function", "function": c} for c in calls]
-    return message
-
-
-def calls_in(message, names):
-    """The calls that a message of the model holds: `tool_calls`, or else JSON text."""
-    calls = [call["function"] for call in message.get("tool_calls", [])]
-    if calls or message["role"] != "assistant":
-        return calls
-    value, text = parse(message["content"].rpartition("</think>")[2])
-    while value:
-        calls += [call for call in [to_call(value)] if call and call["name"] in names]
-        value, text = parse(text)
-    return calls
-
-
-def to_sample(record):
-    """A record (README: Your own data) -> {id, messages, tools, call?, accept?}."""
-    record = DECODER.decode(dumps(record))  # nulls of one from Python are absent, too
-    tools = decoded(record.get("tools") or record.get("functions"))
-    right = tools and isinstance(tools, list)
-    need(right, 'no tools; give "tools": [{"name": ..., "parameters": ...}, ...]')
-    tools = [to_tool(tool, f"tools[{n}]") for n, tool in enumerate(tools)]
-    names = [tool["name"] for tool in tools]
-    need(len(set(names)) == len(names), f"a tool twice: {sorted(names)}")
-    kinds = {"system": "system", "messages": "user"}
-    if "messages" not in record:
-        kinds |= {"query": "user", "prompt": "user", "completion": "assistant"}
-    said = []  # texts or lists of messages; TRL has prompt and completion
-    for key, role in kinds.items():
-        value = record.get(key, [])
-        listed = decoded(value)
-        turns = isinstance(listed, list) and all(isinstance(decoded(m), dict) for m in listed)
-        said += listed if turns else [turn(role, value)]
-    messages = [to_message(message, f"messages[{n}]") for n, message in enumerate(said)]
-    held = {"tool_calls", "tool_call_id"}  # of what may have no text
-    messages = [m for m in messages if m["content"].strip() or m.keys() & held]
-    given = record.get("call") or record.get("answers") or record.get("tool_calls") or []
-    labels = decoded(given)
-    labels = [to_call(label) for label in (labels if isinstance(labels, list) else [labels])]
-    answered = calls_in(messages[-1], names) if messages else []
-    messages = messages[:-1] if answered else messages  # it ended with its label
-    need(len(labels) < 2 and len(answered) < 2, "several calls as label: one input has one call")
-    call = next(iter(labels + answered), None)
-    right = not labels + answered or (call and call["name"] in names)
-    wanted = f'{{"name": one of {names}, "arguments": {{...}}}}'
-    need(right, f'"call" must be {wanted}, not {dumps(call or given)[:80]}')
-    same = all(canonical(other) == canonical(call) for other in answered)
-    need(same, '"call" and that of the last message differ')
-    unread = [f.format(n) for n in names for f in ("{}(", "={}", ": '{}'", ': "{}"')]
-    for message in reversed(messages):
-        told, text = calls_in(message, names), message["content"]
-        leaked = call and canonical(call) in map(canonical, told)
-        if message is messages[-1] and message["role"] == "assistant" and not told:
-            leaked = any(form in text for form in unread)  # a call in another form
-        need(not leaked, "the messages hold the label; end them before it")
-        if message["role"] == "user":
-            break
-    by = [message["role"] for message in messages]
-    need("user" in by, 'no request; give "messages": [{"role": "user", "content": "..."}]')
-    accept = decoded(record.get("accept", {}))
-    right = isinstance(accept, dict) and all(isinstance(values, list) for values in accept.values())
-    need(right, '"accept" must be {argument: [acceptable values]}')
-    sample = {"id": record["id"], "messages": messages, "tools": tools, "call": call}
-    return {key: value for key, value in (sample | {"accept": accept}).items() if value}
-
-
-def read_jsonl(path, convert):
-    """{id: convert(record)} of a file's lines, or of one JSON array; what is refused is named."""
-    found, number = {}, 0
-    try:
-        text = Path(path).read_text("utf-8-sig")
-        array = text.lstrip().startswith("[")
-        lines = map(dumps, STRICT.decode(text)) if array else text.split("\n")
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                record = sound(STRICT.decode(line))
-                need(isinstance(record, dict), "this is no JSON object")
-                i = record["id"] = str(record.get("id", number))
-                need(i and i not in found and i.isprintable(), f"id {i!r}: twice, or unprintable")
-                found[i] = convert(record)
-        need(found, "nothing in it; give JSON objects, one a line")
-    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as e:
-        raise InputError(f"{path}:{number}: {' '.join(str(e).split())[:300]}") from e
-    return found
-
-
-# --------------------------------------------------------------------------- scoring, report
-def canonical(value, levels=100):
-    """As values are compared, by checks and scores: strings, 12.0 as 12; in containers, too."""
-    need(levels, "nested more than 100 deep")
+def canonical(value):
+    """As values are compared, by checks and grades: "5" is 5, 12.0 is 12, "True" is true [ours]."""
     if isinstance(value, dict):
-        return {key: canonical(v, levels - 1) for key, v in value.items()}
+        return {key: canonical(v) for key, v in value.items()}
     if isinstance(value, list):
-        return [canonical(v, levels - 1) for v in value]
+        return [canonical(v) for v in value]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    text = value.strip() if isinstance(value, str) else json.dumps(value)
+    text = value.strip() if isinstance(value, str) else dumps(value)
     return text.lower() if text in ("True", "False") else text
 
 
-def grade(text, sample):
-    """-> {"name": right tool?, "call": and right arguments?}; `accept` allows other values."""
-    answer, gold, accept = parse(text)[0], sample["call"], sample.get("accept")
-    call = to_call(answer)
-    name = (call or answer).get("name") == gold["name"]
-    if not name or not call:
-        return {"name": name, "call": False}
-    given = canonical(call["arguments"])
-    right = given == canonical(gold["arguments"])
-    if accept and not right:
-        accept = {key: [value] for key, value in gold["arguments"].items()} | accept
-        right = all(value in canonical(accept.get(key, [])) for key, value in given.items())
-        right = right and all(k in given or "" in v or None in v for k, v in accept.items())
-    return {"name": name, "call": right}
+def grade(text, gold):
+    """-> [right tool?, and right arguments?] of an answer."""
+    call, _ = parse(text)
+    if not call or call["name"] != gold["name"]:
+        return [False, False]
+    return [True, canonical(call["arguments"]) == canonical(gold["arguments"])]
 
 
-def to_row(model, tok, sample, result, cfg):
-    """A Result -> its row: also what answering directly gives and costs, and the grades of both."""
-    row, cost = dataclasses.asdict(result), dict(result.cost)
-    if result.decision != "adapted":
-        row["direct"] = result.answer
-        if cost:
-            cost["direct"] = [a + b for a, b in zip(cost["prefill"], cost["answer"], strict=True)]
-    elif "call" in sample:  # made in order to compare
-        ids = prepare(tok, sample, cfg).ids
-        with measured(cost, "direct", model):
-            row["direct"] = write(tok, ids, Prefix(model, []), cfg)[0]
-    if "call" in sample:
-        row["scores"] = {side: grade(row[side], sample) for side in ("direct", "answer")}
-        row["scores"]["first"] = sample["tools"][0]["name"] == sample["call"]["name"]
-    return json.loads(json.dumps(row | {"cost": cost}), parse_constant=lambda name: None)
+def read_jsonl(path, convert):
+    """-> {id: convert(record)} of a file of JSON lines; what is refused is named by its line."""
+    found, number = {}, 0
+    try:
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+            if line.strip():
+                record = composed(json.loads(line.decode("utf-8-sig")))
+                need(isinstance(record, dict), "this is no JSON object")
+                if record.get("id") is None:
+                    record["id"] = number
+                i = record["id"] = str(record["id"])
+                need(i not in found, f"id {i} twice")
+                found[i] = convert(record)
+        need(found, "nothing in it")
+    except MALFORMED as e:
+        why = f"{e}" if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+        raise InputError(f"{path}:{number}: {why}") from e
+    return found
 
 
-def interval(differences, resamples=10_000, seed=0):
-    """Paired bootstrap over items: the 2.5 and 97.5 % quantiles of the mean difference."""
-    d, g = torch.tensor(differences).double(), torch.Generator().manual_seed(seed)
-    means = [d[torch.randint(len(d), (len(d),), generator=g)].mean() for _ in range(resamples)]
-    return torch.stack(means).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+def to_sample(record):
+    """A record in OpenAI's form -> {id, messages, tools, call?}: the label is under call alone."""
+    other = "; a record in another form: python data/convert.py FILE > calls.jsonl"
+    for key in ("messages", "tools"):
+        listed = record.get(key)
+        is_list = isinstance(listed, list) and all(isinstance(v, dict) for v in listed)
+        need(is_list and listed, f'no list "{key}" of objects{other}')
+    tools = [to_tool(tool, other) for tool in record["tools"]]
+    names = [tool["name"] for tool in tools]
+    need(len(set(names)) == len(names), f"a tool twice: {sorted(names)}")
+    messages = [to_message(message, other) for message in record["messages"]]
+    need("user" in [m["role"] for m in messages], f"no message of a user{other}")
+
+    # An assistant's last message is what is to be written: its call is the label, its text goes.
+    labels = []
+    if record.get("call"):
+        labels.append(to_call(record["call"]))
+    while messages[-1]["role"] == "assistant":
+        labels += [call["function"] for call in messages.pop().get("tool_calls", [])]
+    sample = {"id": record["id"], "messages": messages, "tools": tools}
+    for label in labels:
+        need(label["name"] in names, f"the label calls {label['name']}, none of {names}")
+        need(label == labels[0], f"several calls as label{other}")
+        sample["call"] = label
+    return sample
 
 
-def summarise(rows):
-    """-> counts; names and calls in percent of ALL labelled samples; costs per answered sample."""
-    labelled = [row["scores"] for row in rows if "scores" in row]
-    single = sum(len(row["logp"]) == 1 for row in rows)
-    summary = {"samples": {"all": len(rows), "labelled": len(labelled), "with one tool": single}}
-    told = [
-        f"{r['id']}: {r['decision']}" if "not" in r["decision"] else r["decision"] for r in rows
-    ]
-    summary["decisions"] = dict(Counter(told))  # what went wrong stands beside its sample
-    summary["drafts"] = dict(Counter(d["verdict"] for row in rows for d in row["drafts"]))
-    stages = ("prefill", "score", "generate", "train", "answer")
-    costs = [row["cost"] for row in rows if row["cost"]] or [{}]
-    for unit, name in enumerate(("seconds", "tokens")):
-        part = {s: fmean(cost.get(s, (0, 0))[unit] for cost in costs) for s in stages}
-        summary[name] = part | {"all": sum(part.values())}
-        if all("direct" in cost for cost in costs):  # not of what has no label
-            direct = fmean(cost["direct"][unit] for cost in costs)
-            summary[name] |= {"direct": direct, "ratio": sum(part.values()) / direct}
-    if labelled:
-        summary["always first"] = {"name": 100 * fmean(scores["first"] for scores in labelled)}
-        for label, side in (("direct", "direct"), ("TT-SI", "answer")):
-            grades = [scores[side] for scores in labelled]
-            summary[label] = {kind: 100 * fmean(g[kind] for g in grades) for kind in grades[0]}
-        change = [scores["answer"]["call"] - scores["direct"]["call"] for scores in labelled]
-        low, high = interval(change)
-        points = {"call": 100 * fmean(change), "95 % from": 100 * low, "to": 100 * high}
-        summary["difference"] = points | {"wins": change.count(1), "losses": change.count(-1)}
-    return summary
+def to_tool(tool, other):
+    """-> {name, description, parameters}, completed: some templates want all three."""
+    tool = tool.get("function", tool)
+    need(isinstance(tool, dict) and isinstance(tool.get("name"), str), f"a tool has no name{other}")
+    name, schema = tool["name"], tool.get("parameters") or {}
+    other = f'{name}: "parameters" must be a JSON schema{other}'
+    need(isinstance(schema, dict) and not tool.keys() & {"inputSchema", "input_schema"}, other)
+    schema = {key: value for key, value in schema.items() if value is not None}
+    # A map of properties alone is no schema.
+    need("properties" in schema or not schema.keys() - SCHEMA, other)
+    schema = EMPTY | schema
+    need(isinstance(schema["properties"], dict) and isinstance(schema["required"], list), other)
+    need(all(isinstance(rule, dict) for rule in schema["properties"].values()), other)
+    return {"name": name, "description": tool.get("description") or "", "parameters": schema}
 
 
-# ----------------------------------------------------------------------------------- running
+def to_message(message, other):
+    """-> {role, content, tool_calls?, ...} as chat templates take it."""
+    message = {key: value for key, value in message.items() if value is not None}
+    role, content = message.get("role"), message.setdefault("content", "")
+    need(role in ROLES and isinstance(content, str), f"a message must be {{role, content}}{other}")
+    need("function_call" not in message, f'"function_call" is not read{other}')
+    calls = [to_call(call["function"]) for call in message.pop("tool_calls", [])]
+    message["content"] = content.strip()
+    if calls:
+        message["tool_calls"] = [{"id": ID, "type": "function", "function": c} for c in calls]
+    if role == "tool":
+        message["tool_call_id"] = ID
+    return message
+
+
+# ------------------------------------------------------------------------------------ running
 def load(name, cfg):
     """-> (model, tokenizer), frozen; safetensors only, and no code that comes with a model runs."""
     found = torch.accelerator.current_accelerator(check_available=True)
-    device = str(found or "cpu") if cfg.device == "auto" else cfg.device
-    if found and device == str(found) and "LOCAL_RANK" in os.environ:  # torchrun
-        device += ":" + os.environ["LOCAL_RANK"]
+    device = cfg.device
+    if device == "auto":
+        device = f"{found}:{os.environ.get('LOCAL_RANK', 0)}" if found else "cpu"
     dtype = "float32" if cfg.dtype == "auto" and device == "cpu" else cfg.dtype
     how = dict(dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False)
+    step = "it cannot be loaded; give a causal language model in safetensors"
     try:
         tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         need(not info["missing_keys"], f"weights are missing: {sorted(info['missing_keys'])}")
+        step = f"it does not fit {device}; give another --device or --dtype"
         model = model.to(device).eval().requires_grad_(False)
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        tok.model_max_length = min(tok.model_max_length, most)
-        need(cfg.prompt != "native" or takes_tools(tok), "its chat template takes no tools")
-        ids = to_ids(tok, cfg, render(tok, cfg, [PROBE], [turn("user", "request")])[0])
-        write(tok, [*ids, tok.vocab_size - 1], Prefix(model, []), Config(max_new_tokens=1))
-    except Exception as e:  # whatever goes wrong in there is about this model or device
-        why = f"cannot be loaded on {device}: {' '.join(str(e).split())[:200]}"
-        raise InputError(f"{name}: {why}; give a causal language model in safetensors") from e
+        config = model.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None) or math.inf
+        tok.model_max_length = min(tok.model_max_length, most) - cfg.max_new_tokens
+        for step in try_out(model, tok, cfg):
+            pass
+    except Exception as e:  # whatever goes wrong in there is about this model
+        raise InputError(f"{name}: {step}: {e}") from e
     return model, tok
 
 
-def describe(model, tok, cfg):
-    """What a run says first: the model, whose form of tools it sees, what no LoRA acts on."""
-    layers = linear_layers(model)
-    others = [m for m in model.modules() if m not in layers and [*m.parameters(recurse=False)]]
-    kinds = Counter(type(m).__name__ for m in others)
-    left = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    form = "the template's own" if cfg.prompt != "ours" and takes_tools(tok) else "our"
-    size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
-    return f"{size}; {form} tool prompts; LoRA on {len(layers)} linear layers, not on {left}"
+def try_out(model, tok, cfg):
+    """Does once what a sample does to a model -> the steps, told before each is tried."""
+    yield "it has no chat template; give a model that follows instructions"
+    render(tok, [{"role": "user", "content": "?"}])
+    yield "its positions depend on the length of the whole text; no prefix of it can be kept"
+    rope = f"{getattr(model.config.get_text_config(), 'rope_parameters', None)}"
+    need("longrope" not in rope and "dynamic" not in rope, rope)
+    yield "a token has no embedding; resize the model's"
+    last = max(tok.get_vocab().values())
+    need(last < model.get_input_embeddings().weight.shape[0], f"token {last}")
+    yield "what it has read cannot be continued; give one with a plain key/value cache"
+    ids = [last, *range(7)]
+    spans = [(ids, 4), (ids[:6], 5)]
+    whole, parts = (logprob(spans, Prefix(model, ids[:n])) for n in (0, 3))
+    need(torch.allclose(whole, parts, rtol=0.1, atol=0.1), f"{whole} is not {parts}")
+    yield "no LoRA can be trained on it; give weights that autograd reads through"
+    with temporary_lora(model, cfg, draw("trial")) as lora:
+        train(spans, Prefix(model, []), lora, dataclasses.replace(cfg, epochs=1))
 
 
-def fingerprint(model, tok):
-    """What a model is, wherever it lies: configuration, vocabulary, chat template and weights."""
-    digest = hashlib.sha256(f"{model.config}{tok.backend_tokenizer.to_str()}".encode())
-    digest.update(f"{tok.chat_template}".encode())
-    for weight in model.state_dict().values():
-        digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def save(path, lines, mode="w"):
-    """Replaces a file in one step, or adds to it ("a"); when this returns it is on the disk."""
-    part = f"{path}.{os.environ.get('RANK', '')}part" if mode == "w" else path
-    with open(part, mode, encoding="utf-8", newline="\n") as file:
-        file.writelines(f"{line}\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def resume(cfg, settings, ids, rank, world):
-    """-> (this process's file, the summary's, {id: row} of the whole rows of all processes)."""
-    path, stem = Path(cfg.output), cfg.output.removesuffix(".jsonl")
-    own = Path(f"{stem}.rank{rank}of{world}.jsonl") if world > 1 else path
-    beside = Path(f"{stem}.summary.json")
-    ranked = re.compile(re.escape(Path(stem).name) + r"\.rank\d+of\d+\.jsonl")
+def answer_both(model, tok, sample, cfg, writer):
+    """-> a row: Result, direct answer, grades."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        need(path.is_file() or not path.exists(), "it is no regular file")
-        files = [f for f in path.parent.iterdir() if f == path or ranked.fullmatch(f.name)]
-        lines = [line for file in files for line in file.read_bytes().splitlines(keepends=True)]
-        begun = json.loads(beside.read_text())["config"] if lines else settings
-        for key, value in settings.items():
-            need(begun.get(key) == value, f"begun with {key} = {begun.get(key)!r}, not {value!r}")
-        whole = [json.loads(line) for line in lines if line.endswith(b"\n")]
-        rows = {row["id"]: row for row in whole}  # a line that is torn is none
-        need(rows.keys() <= set(ids), "its rows are not those of this run")
-        summarise([*rows.values()])  # refuses a row that is none
-        save(own, map(dumps, rows.values()))
-        save(beside, [json.dumps({"config": settings})])
-        for file in (set(files) - {own}) if world == 1 else ():
-            file.unlink()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise InputError(f"--output {path}: no output of this run: {e}; take another name") from e
-    return own, beside, rows
+        result = direct = tt_si(model, tok, sample, cfg, writer)
+        if result.decision == "adapted" and "call" in sample:
+            direct = tt_si(model, tok, sample, dataclasses.replace(cfg, tau=0.0))
+    except InputError as e:  # beyond the context, or refused by the chat template
+        result = direct = Result(sample["id"], cost={}, decision=f"not answered: {e}")
+    row = dataclasses.asdict(result) | {"direct": direct.answer, "direct_cost": direct.cost}
+    if "call" in sample:
+        row["grades"] = {side: grade(row[side], sample["call"]) for side in ("direct", "answer")}
+    # A number that is none is null.
+    return json.loads(json.dumps(row), parse_constant=lambda name: None)
+
+
+def whole_rows(path, key, cut=False):
+    """-> {id: row} of a file's whole lines; a torn last one is cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    for _ in range(2):
+        *lines, torn = path.read_bytes().split(b"\n")
+        if torn and cut:
+            time.sleep(0.5)  # it may be another process's, which is writing
+    begin = f'{{"key": "{key}"'.encode()
+    ours = all(begin.startswith(line[: len(begin)]) for line in [*lines, torn])
+    need(ours, f"{path} holds rows of other settings, data or model: take another --output")
+    if torn and cut:
+        os.truncate(path, sum(len(line) + 1 for line in lines))
+    return {row["id"]: row for row in map(json.loads, lines)}
+
+
+def interval(differences, draws=10_000):
+    """Paired bootstrap over samples: the 2.5 and 97.5 % quantiles of the mean difference."""
+    d, rng = torch.tensor(differences), draw("bootstrap")
+    means = [d[torch.randint(len(d), (len(d),), generator=rng)].mean() for _ in range(draws)]
+    return torch.stack(means).quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def table(rows):
+    """-> what a run ends with: scores of ALL labelled samples, also of those not answered."""
+    lines = []
+    grades = [row["grades"] for row in rows if "grades" in row]
+    if grades:
+        both = torch.tensor([[*g["direct"], *g["answer"]] for g in grades]) * 100.0  # (n, 4)
+        means, gain = both.mean(0).tolist(), both[:, 3] - both[:, 1]
+        low, high = interval(gain.tolist())
+        repaired, broken = int((gain > 0).sum()), int((gain < 0).sum())
+        lines.append(f"{'':12}{'right tool':>13}{'right call':>13}")
+        lines.append(f"{'direct':12}{means[0]:11.1f} %{means[1]:11.1f} %")
+        lines.append(f"{'TT-SI':12}{means[2]:11.1f} %{means[3]:11.1f} %")
+        lines.append(f"{'difference':12}{'':13}{gain.mean():+11.1f}    [{low:+.1f}, {high:+.1f}]")
+        lines[-1] += f"   {repaired} repaired, {broken} broken"
+    decisions = Counter(row["decision"] for row in rows)
+    verdicts = Counter(draft["verdict"] for row in rows for draft in row["drafts"])
+    line = ", ".join(f"{n} {decision}" for decision, n in decisions.most_common())
+    if verdicts:
+        line += f"; of {verdicts.total()} drafts "
+        line += ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
+    lines.append(line)
+    # An adapted sample without a label has no direct answer to compare with.
+    compared = [row for row in rows if row["direct_cost"] and ("grades" in row)]
+    if compared:
+        stages = [[row["cost"][stage] for stage in row["cost"]] for row in compared]
+        direct = [row["direct_cost"][stage] for row in compared for stage in ("read", "answer")]
+        seconds, tokens = torch.tensor(sum(stages, [])).sum(0) / torch.tensor(direct).sum(0)
+        ratio = f"{seconds:.1f} x the seconds and {tokens:.1f} x the tokens"
+        lines.append(f"an answer takes {ratio} of a direct one")
+    return "\n".join(lines)
 
 
 def run(cfg):
-    """Reads, answers, scores, writes -> the summary."""
+    """Reads, answers, scores, writes -> {id: row}."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
-    need(not (cfg.trace and cfg.output), "--trace tells one sample and writes no --output")
-    need(rank < world and (world == 1 or cfg.output), "each of WORLD_SIZE processes needs --output")
-    samples = read_jsonl(cfg.data, to_sample)
-    need(cfg.trace in ("", *samples), f"--trace {cfg.trace}: {cfg.data} has no sample of this id")
+    need(world == 1 or cfg.output, "each of WORLD_SIZE processes needs --output")
+    embedded = Path(cfg.model).resolve() == (DATA / "model").resolve()
+    path = cfg.data or DATA / f"{'demo' if embedded else 'everyday'}.jsonl"
+    samples = read_jsonl(path, to_sample)
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
-    pairs = read_jsonl(cfg.pairs, lambda r: [*decoded(r.get("pairs", []))]) if cfg.pairs else {}
-    right = not pairs or (any(map(pairs.get, ids)) and not cfg.teacher)
-    need(right, f"--pairs {cfg.pairs}: no pairs for any sample, or a --teacher beside them")
-    model, tok = load(cfg.model, cfg)
-    teacher = load(cfg.teacher, cfg) if cfg.teacher else None
-    settings = dataclasses.asdict(cfg) | {"output": "", "pairs": ""}
-    settings["model"] = fingerprint(model, tok)  # what it is, not where it lies
-    settings["teacher"] = fingerprint(*teacher) if teacher else ""
-    settings["data"] = hashlib.sha256(dumps([samples, pairs]).encode()).hexdigest()[:16]
-    own, beside, rows = resume(cfg, settings, ids, rank, world) if cfg.output else ("", "", {})
-    told = sum("call" in samples[i] for i in ids)
-    none = "" if told else ': no label ("call"), so that answers are written but not scored'
-    print(f"{len(ids)} samples of {os.path.relpath(cfg.data)}, {told} labelled{none}")
-    print(f"{os.path.relpath(cfg.model)}: {describe(model, tok, cfg)}\n")
-    tried = []  # pairs of the uncertain, to tell of a hopeless model
+    need(samples.keys() >= set(ids), f"--trace {cfg.trace}: {path} has no sample of this id")
+    pairs = (
+        read_jsonl(cfg.pairs, lambda r: [dumps(pair) for pair in r["pairs"]]) if cfg.pairs else {}
+    )
+    need(not pairs or pairs.keys() & ids, f"--pairs {cfg.pairs}: no pairs for any sample of {path}")
+
+    models = [load(name, cfg) for name in (cfg.model, cfg.teacher) if name]
+    model, tok = models[0]
+    key = key_of(cfg, samples, pairs, models)
+    rows = whole_rows(Path(cfg.output), key, cut=rank == 0) if cfg.output else {}
+    if rank == 0:
+        print(opening(cfg, path, samples, ids, model, tok, embedded))
     try:
-        for i in tqdm(ids[rank::world], unit="sample", disable=bool(cfg.trace or rank)):
-            if i not in rows:
-                given = pairs.get(i, []) if pairs else None
-                result = tt_si(model, tok, samples[i], cfg, given, teacher)
-                rows[i] = to_row(model, tok, samples[i], result, cfg)
-                if own:
-                    save(own, [dumps(rows[i])], "a")
-                if rows[i]["drafts"]:
-                    tried.append(rows[i]["pairs"])
-                    if len(tried) == 5 and not any(tried):
-                        tqdm.write(
-                            "no usable pair in the first five: try --teacher, --pairs, --prompt"
-                        )
-    finally:  # the table so far, whatever ends the run
-        summary = summarise([rows[i] for i in ids if i in rows])
-        if cfg.trace in rows:  # the label, and the scores by it, come last
-            story = {"prompt": "it does not fit"}
-            with suppress(InputError):
-                story["prompt"] = tok.decode(prepare(tok, samples[cfg.trace], cfg).ids)
-            story |= rows[cfg.trace] | {"label": samples[cfg.trace].get("call")}
-            for key, part in story.items():
-                print(f"\n-- {key}", *(part if isinstance(part, list) else [part]), sep="\n  ")
-        elif world == 1:
-            for name, part in summary.items():
-                print(f"{name:12}", ", ".join(f"{key} {round(v, 3)}" for key, v in part.items()))
-    if own and world == 1:
-        save(own, [dumps(rows[i]) for i in ids])
-        save(beside, [json.dumps(summary | {"config": settings}, indent=1)])
-    return summary
+        todo = [i for i in ids[rank::world] if i not in rows]
+        for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank)):
+            sample = samples[i] | ({"pairs": pairs.get(i, [])} if pairs else {})
+            rows[i] = {"key": key} | answer_both(model, tok, sample, cfg, models[-1])
+            if cfg.output:
+                # One write of one whole line: several processes can share a file.
+                with open(cfg.output, "ab", buffering=0) as file:
+                    file.write((json.dumps(rows[i]) + "\n").encode())
+                    os.fsync(file)
+    finally:  # the table so far, whatever ends the run; of several processes the last one's
+        if cfg.output:
+            rows |= whole_rows(Path(cfg.output), key)
+        if cfg.trace in rows:
+            prompt = tok.decode(prepare(tok, samples[cfg.trace], cfg).ids)
+            tell({"prompt": prompt, "label": samples[cfg.trace].get("call")} | rows[cfg.trace])
+        elif rows and (world == 1 or rows.keys() >= set(ids)):
+            print(table([rows[i] for i in samples if i in rows]))
+    return rows
 
 
-def parse_flags(argv):
-    """-> Config"""
-    parser = transformers.HfArgumentParser(Config, epilog=f"--paper stands for {PAPER}")
-    parser.error = lambda message: need(False, f"{message}; -h explains every flag")
-    argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
-    cfg = Config(**vars(parser.parse_args(argv)))
-    for f in dataclasses.fields(Config):
-        value = getattr(cfg, f.name)
-        need(value != [], f"--{f.name}: a value is missing")  # so argparse reads --k=--
-        if f.type in (int, float) and f.name != "seed":
-            least = int(f.type is int and f.name not in ("limit", "drafts"))
-            need(least <= value <= 10**6, f"--{f.name} {value}: must be from {least} to 1000000")
-    one_sided = cfg.k == 1 and not (cfg.drafts or cfg.pairs)
-    need(not one_sided, "--k 1 alone would pull to the likeliest tool: --k 2, or --drafts 1")
-    return cfg
+def key_of(cfg, samples, pairs, models):
+    """-> what rows of one file share: settings, data and weights, wherever they lie."""
+    places = ("limit", "output", "trace", "model", "teacher", "data", "pairs")
+    known = [samples, pairs, vars(cfg) | dict.fromkeys(places)]
+    for model, tok in models:
+        weights = [torch.hash_tensor(p.cpu()).item() for p in model.parameters()]
+        known.append([tok.chat_template, weights])
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 
-def main(argv=None):
-    """The command line -> the summary, as a dict. Raises InputError, whose text is for the user."""
+def opening(cfg, path, samples, ids, model, tok, embedded):
+    """-> what a run says first of data and model."""
+    calls = [samples[i]["call"]["name"] for i in ids if "call" in samples[i]]
+    size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
+    form = "the template's own" if takes_tools(tok, tok.chat_template) else "our"
+    lines = [f"{len(ids)} samples of {path}, {len(calls)} labelled"]
+    lines.append(f"{cfg.model}: {size}; {form} tool prompts")
+    # In its own world each tool's name is two tokens.
+    names = [tool["name"] for sample in samples.values() for tool in sample["tools"]]
+    if embedded and max(len(tok.tokenize(name)) for name in names) > 2:
+        lines.append(
+            "the embedded model knows its own world alone (data/demo.jsonl): give a --model"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def tell(steps):
+    captions = {"prompt": "what Algorithm 1 sees"}
+    captions |= {field.name: field.metadata["help"] for field in dataclasses.fields(Result)[1:]}
+    captions |= {"direct": "what the base alone writes", "label": "which no step has seen"}
+    for name, caption in captions.items():
+        lines = steps[name] if isinstance(steps[name], list) else [steps[name]]
+        print(f"\n-- {name:10}{caption}", *lines, sep="\n   ")
+
+
+def main(argv):
+    """The command line -> {id: row}. Raises InputError, whose text is for the user."""
     new = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
     need(new, f"transformers {transformers.__version__} is too old; see requirements.txt")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return run(parse_flags(sys.argv[1:] if argv is None else argv))
+    parser = transformers.HfArgumentParser(Config, epilog=f"--paper stands for {PAPER}")
+    parser.error = lambda message: need(False, f"{message}; -h explains every flag")
+    argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
+    (cfg,) = parser.parse_args_into_dataclasses(argv)
+    for f in dataclasses.fields(Config):
+        if f.type in (int, float) and f.name != "seed":
+            least = int(f.type is int and f.name != "limit")
+            value = getattr(cfg, f.name)
+            need(least <= value <= 10**6, f"--{f.name} {value}: must be from {least} to 1000000")
+    one_sided = cfg.k == 1 and cfg.given != "nothing" and not cfg.pairs
+    need(not one_sided, "--k 1 pulls to the likeliest tool: --k 2, --given nothing, or --pairs")
+    return run(cfg)
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # what a console cannot show
     try:
-        main()
+        main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, MemoryError, OSError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise
-        print(f"ttsi: {e}", file=sys.stderr)
-        sys.exit(2 if isinstance(e, InputError) else 1)
+    except (InputError, OSError) as e:
+        print("ttsi:", " ".join(f"{e}".split()), file=sys.stderr)
+        sys.exit(2)
