@@ -112,9 +112,10 @@ def tt_si(model, tok, sample, cfg, writer=None):
     # A margin that is no number is not below tau.
     uncertain = result.margin < cfg.tau
     if uncertain:
-        with stage("generate"):  # G: (x', y') ~ P( . | x)
-            result.drafts = generate(*writer, x, after_tools, result.logp, cfg)
-            result.pairs = choose(result.drafts, result.logp, cfg)
+        likeliest = sorted(result.logp, key=result.logp.get, reverse=True)[: cfg.k]
+        with stage("generate"), suppress(InputError):  # G: (x', y') ~ P( . | x); no room: none
+            result.drafts = generate(*writer, x, after_tools, likeliest, cfg)
+            result.pairs = choose(result.drafts, likeliest, cfg)
     if not result.pairs:
         result.decision = "no pair" if uncertain else "certain"
         with stage("answer"):
@@ -122,8 +123,11 @@ def tt_si(model, tok, sample, cfg, writer=None):
         return result
 
     with stage("train"):
+        # The LoRA acts behind what the base has read: the tools, if no token merges at their end.
         spans = [span(tok, x, pair["request"], pair["call"]) for pair in result.pairs]
-        frozen = before_lora(x, spans, after_tools, cfg)
+        head = x.ids[: x.head] if cfg.adapt == "suffix" else []
+        shared = os.path.commonprefix([head, *(ids for ids, _ in spans)])
+        frozen = Prefix(model, shared, after_tools)
     with temporary_lora(model, cfg, draw(cfg.seed, x.id, "adapter")) as lora:
         with stage("train"):  # T: theta' = theta + LoRA, trained on (x', y')
             result.loss = train(spans, frozen, lora, cfg)
@@ -163,45 +167,35 @@ DRAFT = (
 )
 GAP = "\0"  # in an outline: here the model writes a JSON value
 UNSAID = "a value is not in the request"  # or worded otherwise there: the pair is a last resort
-SCALARS = {"integer": r"[-+]?\d+", "number": r"[-+]?[\d.]+(e[-+]?\d+)?", "boolean": "true|false"}
+TYPES = dict(string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict)
 
 
-def generate(model, tok, x, after_tools, logp, cfg):
-    """G. -> drafts {text, verdict, pair or None}, so many for each of the K likeliest tools.
-
-    All are written in one batch. Drafts that were supplied (--pairs) are judged alike.
-    """
-    texts, drafts = x.supplied, []
+def generate(model, tok, x, after_tools, tools, cfg):
+    """G. -> drafts {text, verdict, pair or None}: so many for each of the K tools, all written in
+    one batch; or those that were supplied (--pairs), judged alike."""
+    texts = x.supplied
     if texts is None:
-        outlines, uniforms = [], []
-        for tool in likeliest(logp, cfg.k):
+        outlines, rngs = [], []
+        for tool in tools:
             for n in range(cfg.drafts):
-                rng = draw(cfg.seed, x.id, tool, n)
-                outlines.append(outline(tool, x.schemas[tool], cfg.given, rng))
-                uniforms.append(torch.rand(cfg.max_new_tokens, generator=rng))
-        try:
-            ids, _ = span(tok, x, DRAFT + x.request)
-        except InputError as e:  # it exceeds the context
-            return [{"text": "", "verdict": f"{e}", "pair": None}]
+                rngs.append(draw(cfg.seed, x.id, tool, n))
+                outlines.append(outline(tool, x.schemas[tool], cfg.given, rngs[-1]))
+        ids, _ = span(tok, x, DRAFT + x.request)
         asking = Prefix(model, ids[:-1], after_tools)
-        texts = write(tok, ids, asking, cfg, outlines, torch.stack(uniforms))
+        texts = write(tok, ids, asking, cfg, outlines, rngs)
+    drafts = []
     for text in texts:
         drafts.append(judge(text, drafts, x, cfg))
     return drafts
 
 
-def likeliest(logp, k):
-    return sorted(logp, key=logp.get, reverse=True)[:k]
-
-
 def outline(name, schema, given, rng):
-    """-> a draft as texts, between each two of which the model writes a JSON value (|).
+    """-> a draft as texts, between each two of which the model writes a JSON value (|), which may
+    begin with the last character of the text; half of the optional keys are drawn.
 
     nothing  {|
     name     {"call": {"name": "book", "arguments":|}, "request": "|}
     keys     {"call": {"name": "book", "arguments": {"city": "|, "nights":|}}, "request": "|}
-
-    A value may begin with the text's last character. Of the optional keys half are drawn.
     """
     if given == "nothing":
         return ["{", ""]
@@ -211,17 +205,12 @@ def outline(name, schema, given, rng):
         drawn = torch.rand((), generator=rng) < 0.5
         if key in schema["required"] or drawn:
             fields.append(f"{dumps(key)}:{quote}{GAP}")
-    arguments = GAP
-    if given == "keys" and not is_open(schema):
-        arguments = " {" + ", ".join(fields) + "}"
+    arguments = " {" + ", ".join(fields) + "}"
+    # A schema may say what it allows in a way that is not understood here.
+    if given == "name" or not (fields or schema == EMPTY):
+        arguments = GAP
     text = f'{{"call": {{"name": {dumps(name)}, "arguments":{arguments}}}, "request": "{GAP}}}'
     return text.split(GAP)
-
-
-def is_open(schema):
-    """Does a schema allow for more arguments than its top-level properties?"""
-    beyond = {"$ref", "allOf", "anyOf", "oneOf", "patternProperties"}
-    return bool(beyond & schema.keys()) or schema.get("additionalProperties", False) is not False
 
 
 def judge(text, before, x, cfg):
@@ -230,88 +219,61 @@ def judge(text, before, x, cfg):
         value = composed(DECODER.decode(text))
         pair = {"request": value["request"].strip(), "call": to_call(value["call"])}
         span(x.tok, x, pair["request"], pair["call"])  # it may exceed the context
+        verdict = fault(pair, before, x, cfg) or "kept"
     except MALFORMED:
         return {"text": text, "verdict": "no request and call", "pair": None}
-    verdict = fault(pair, before, x, cfg) or "kept"
     return {"text": text, "verdict": verdict, "pair": pair}
 
 
 def fault(pair, before, x, cfg):  # FORK HERE: checks of your own
     """-> what is wrong with a pair {request, call}, as far as x tells, without a label; or ""."""
-    request, call = pair["request"], pair["call"]
-    if any(copies(request, turn) for turn in x.turns):
-        # Even with --no-check: --pairs might hold x, with its label.
+    name, arguments = pair["call"]["name"], pair["call"]["arguments"]
+    # Even with --no-check: --pairs might hold x, with its label.
+    if any(copies(pair["request"], turn) for turn in x.turns):
         return "copy of the request"
     if not cfg.check:
         return ""
-    if any(words(request) == words(d["pair"]["request"]) for d in before if d["verdict"] == "kept"):
+    kept = [draft["pair"]["request"] for draft in before if draft["verdict"] == "kept"]
+    if pair["request"] in kept:
         return "written before"
-    if call["name"] not in x.schemas:
+    if name not in x.schemas:
         return "tool not on offer"
-    schema, arguments = x.schemas[call["name"]], call["arguments"]
-    rules = schema["properties"]
-    if not set(schema["required"]) <= arguments.keys():
-        return "required argument missing"
-    if not is_open(schema) and not arguments.keys() <= rules.keys():
-        return "unknown argument"
-    if not all(fits(value, rules.get(key, {})) for key, value in arguments.items()):
-        return "wrong type or not in enum"
+    rules, required = x.schemas[name]["properties"], x.schemas[name]["required"]
+    unknown = rules and arguments.keys() - rules.keys()
+    if unknown or not arguments.keys() >= set(required):
+        return "arguments missing or unknown"
+    unsaid = ""
     for key, value in arguments.items():
-        is_free = isinstance(value, str) and "enum" not in rules.get(key, {})
-        if is_free and value.strip().casefold() not in request.casefold():
-            return UNSAID
-    return ""
-
-
-def words(text):
-    return re.findall(r"\w+", text.casefold())
+        rule = rules.get(key, {})
+        kind = TYPES.get(str(rule.get("type")), object)
+        if not isinstance(value, kind) or value not in rule.get("enum", [value]):
+            return "wrong type or not in enum"
+        is_free = isinstance(value, str) and "enum" not in rule
+        if is_free and value.strip().casefold() not in pair["request"].casefold():
+            unsaid = UNSAID
+    return unsaid
 
 
 def copies(request, turn):
     """Does a request say a turn of x word for word, or hold one of three words and more?"""
-    new, old = words(request), words(turn)
+    new, old = (re.findall(r"\w+", text.casefold()) for text in (request, turn))
     inside = len(old) > 2 and f" {' '.join(old)} " in f" {' '.join(new)} "
     return not new or new == old or inside
 
 
-def fits(value, rule):
-    """Is a value in the enum of its rule, or else of its type? As for `grade`, "5" is 5."""
-    kind, value = rule.get("type"), canonical(value)
-    if rule.get("enum"):
-        return value in canonical(rule["enum"])
-    if kind in ("array", "object"):
-        return isinstance(value, list if kind == "array" else dict)
-    if kind in ("string", *SCALARS):
-        return isinstance(value, str) and re.fullmatch(SCALARS.get(kind, "(?s).*"), value)
-    return True
-
-
-def choose(drafts, logp, cfg):
-    """-> the pairs to train on: one for each of the K likeliest tools, or none, as one alone would
-    pull the answer to its tool; of free or supplied drafts the first K."""
-    usable = [d["pair"] for d in drafts if d["verdict"] == "kept"]
-    usable += [d["pair"] for d in drafts if d["verdict"] == UNSAID]
+def choose(drafts, tools, cfg):
+    """-> the pairs to train on: one for each of the K tools, or none, as one alone would pull the
+    answer to its tool; of free or supplied drafts the first K."""
+    usable = [draft["pair"] for draft in drafts if draft["verdict"] == "kept"]
+    usable += [draft["pair"] for draft in drafts if draft["verdict"] == UNSAID]
     if cfg.given == "nothing" or cfg.pairs:
         return usable[: cfg.k]
-    pairs = []
-    for tool in likeliest(logp, cfg.k):
-        about = [pair for pair in usable if pair["call"]["name"] == tool]
-        if not about:
-            return []
-        pairs.append(about[0])
-    return pairs
+    # Of each tool the first: what comes later is overwritten.
+    pair_of = {pair["call"]["name"]: pair for pair in reversed(usable)}
+    return [pair_of[tool] for tool in tools] if pair_of.keys() >= set(tools) else []
 
 
 # ----------------------------------------------------------------------- T: self-improvement
-def before_lora(x, spans, after_tools, cfg):
-    """-> what the base has read of all spans and of x; the LoRA acts behind it (--adapt)."""
-    if cfg.adapt == "full":
-        return Prefix(after_tools.model, [])
-    # A token may merge at the end of the tools with what comes behind them.
-    shared = os.path.commonprefix([x.ids[: x.head], *(ids for ids, _ in spans)])
-    return Prefix(after_tools.model, shared, after_tools)
-
-
 @contextmanager  # FORK HERE: another adapter
 def temporary_lora(model, cfg, rng):
     """A LoRA on every linear layer -> its parameters, float32. Leaving the block is the reset.
@@ -427,26 +389,16 @@ def logprob(spans, prefix):
     return -torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").sum(1)
 
 
-@dataclasses.dataclass
-class Row:
-    """A text that is being written: an outline's parts are forced, values between them sampled."""
-
-    parts: list  # of the outline, those to come
-    text: str = ""  # what is settled: parts, and the values between them
-    ids: list = dataclasses.field(default_factory=list)  # tokens of what is written
-    queue: list = dataclasses.field(default_factory=list)  # tokens that the model is to read next
-    over: bool = False
-
-
 @torch.no_grad()
-def write(tok, ids, prefix, cfg, outlines=(("",),), uniforms=None):
-    """-> a text behind ids for each of R outlines, in one batch, token by token: drawn by uniforms
-    (R, tokens), or else greedy. By default one answer, up to the end of its call."""
+def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
+    """-> a text behind ids for each of R outlines, in one batch, token by token: drawn by its
+    generator on the CPU, or greedy. By default one answer, up to the end of its call."""
     ends = prefix.model.generation_config.eos_token_id  # no more of it: no penalties
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     rows = []
-    for text, *parts in outlines:
-        row = Row(parts, text)
+    for (text, *parts), rng in zip(outlines, rngs, strict=True):
+        # Its text as far as it is settled, the tokens of that, and those to be read next.
+        row = SimpleNamespace(text=text, parts=parts, ids=[], queue=[], over=False, rng=rng)
         force(tok, row)
         row.queue = ids[len(prefix.ids) :] + row.queue
         rows.append(row)
@@ -455,28 +407,17 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), uniforms=None):
     while length < cfg.max_new_tokens - 1 and not all(row.over for row in rows):
         n = min(len(row.queue) for row in rows)
         new = torch.tensor([row.queue[:n] for row in rows])  # (R, n)
-        logits = prefix.forward(cache, new, 1)[:, -1]  # (R, V)
+        logits = prefix.forward(cache, new, 1)[:, -1].float().cpu()  # (R, V)
         length += n
-        level = None
-        if uniforms is not None and cfg.temperature > 0:
-            level = uniforms[:, min(length, cfg.max_new_tokens - 1)]  # (R,)
-        tokens = pick(logits, level, cfg.temperature)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
+        for row, scores in zip(rows, logits, strict=True):
             row.queue = row.queue[n:]
             if not row.queue:
-                take(tok, row, token, ends)
-    return [row.text if row.over else spell(tok, row.ids) for row in rows]
-
-
-def pick(logits, level, temperature):
-    """-> (R,) the likeliest tokens; or those where the cumulated P passes level (R,)."""
-    if level is None:
-        return logits.argmax(-1)
-    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (R, V)
-    # Rounding may keep the sum from 1.
-    level = level[:, None].to(cdf.device) * cdf[:, -1:]  # (R, 1)
-    tokens = torch.searchsorted(cdf, level, right=True)[:, 0]
-    return tokens.clamp(max=cdf.shape[1] - 1)
+                token = scores.argmax()
+                if row.rng and cfg.temperature > 0:
+                    p = (scores / cfg.temperature).softmax(-1)  # (V,)
+                    token = torch.multinomial(p, 1, generator=row.rng)
+                take(tok, row, token.item(), ends)
+    return [row.text if row.over else tok.decode(row.ids) for row in rows]
 
 
 # What may come behind an outline's part, by its last character: values that begin differently.
@@ -490,7 +431,7 @@ BEHIND = {
 def force(tok, row):
     """Queues the tokens of a row's text that are the same whatever value comes behind it."""
     if row.text:
-        rest = row.text[len(spell(tok, row.ids)) :]
+        rest = row.text[len(tok.decode(row.ids)) :]
         spelled = [continuation(tok, rest + value)[0] for value in BEHIND[row.text[-1]]]
         row.queue = os.path.commonprefix(spelled)
         row.ids = row.ids + row.queue
@@ -501,18 +442,15 @@ def take(tok, row, token, ends):
     row.queue = [token]
     if row.over:  # it rides along until all are
         return
-    written = spell(tok, row.ids + [token])
+    written = tok.decode(row.ids + [token])
     begin = len(row.text) - row.text.endswith(('"', "{"))
-    if token in ends:
-        row.over, row.text = True, spell(tok, row.ids)
-        return
-    if not row.parts:
+    agrees = written[: len(row.text)] == row.text[: len(written)]
+    end = json_end(written[begin:]) if agrees else -1
+    if not row.parts:  # an answer
         end = parse(written)[1]
-    elif written[: len(row.text)] == row.text[: len(written)]:
-        end = json_end(written[begin:])
-    else:
-        end = -1
-    if end == 0:
+    if token in ends:
+        row.over, row.text = True, tok.decode(row.ids)
+    elif end == 0:
         row.ids.append(token)
     elif end < 0 or not row.parts:
         row.over, row.text = True, written
@@ -531,8 +469,6 @@ TASK = 'Answer with one tool call, {"name": ..., "arguments": {...}}, and nothin
 CLOCK = "{% macro strftime_now(form) %}01 January 2026{% endmacro %}"  # one date for all days
 NAME = "TOOLNAME"  # a tool's name in a rendered call, to be replaced: some templates spoil odd ones
 ID = "000000000"  # of every call: some templates want one of nine characters
-SCHEMA = {"type", "required", "title", "description", "additionalProperties", "$defs", "$ref"}
-SCHEMA |= {"allOf", "anyOf", "oneOf", "not", "patternProperties"}
 ROLES = ("system", "user", "assistant", "tool")
 EMPTY = {"type": "object", "properties": {}, "required": []}
 PROBE = {"name": "look_up", "description": "Looks a word up.", "parameters": EMPTY}
@@ -606,13 +542,11 @@ def render(tok, messages, tools=None, answered=False):
     if tools:
         tools = [{"type": "function", "function": tool} for tool in tools]
     how = dict(tokenize=False, enable_thinking=False, date_string="01 January 2026")
-    try:
+    advice = "let at most one system turn come first, then user and assistant in turn"
+    with advising(f"the chat template refuses this dialogue; {advice}"):
         template = CLOCK + tok.get_chat_template(tools=tools)
         how |= {"chat_template": template, "add_generation_prompt": not answered}
         return tok.apply_chat_template(messages, tools=tools, **how)
-    except Exception as e:  # a template may raise whatever it likes
-        text = "let at most one system turn come first, then user and assistant in turn"
-        raise InputError(f"the chat template refuses this dialogue ({e}): {text}") from e
 
 
 def render_call(tok, call, native=None):
@@ -652,10 +586,6 @@ def continuation(tok, text):
     return out.input_ids[n:], ends[n:]
 
 
-def spell(tok, ids):
-    return tok.decode(ids, clean_up_tokenization_spaces=False)
-
-
 def transcript(messages):
     """The request; a dialogue becomes "role: text" lines, earlier calls and results included."""
     if len(messages) == 1:
@@ -680,6 +610,15 @@ class InputError(ValueError):
 def need(ok, text):
     if not ok:
         raise InputError(text)
+
+
+@contextmanager
+def advising(advice):
+    """Whatever goes wrong in libraries becomes an InputError."""
+    try:
+        yield
+    except Exception as e:
+        raise InputError(f"{advice}: {e}") from e
 
 
 def composed(value):
@@ -732,23 +671,15 @@ def to_call(value):
 
 
 def canonical(value):
-    """As values are compared, by checks and grades: "5" is 5, 12.0 is 12, "True" is true [ours]."""
-    if isinstance(value, dict):
-        return {key: canonical(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [canonical(v) for v in value]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = value.strip() if isinstance(value, str) else dumps(value)
-    return text.lower() if text in ("True", "False") else text
+    """As values are compared [ours]: numbers by their text, so that "5" is 5 and 12.0 is 12."""
+    how = {"parse_int": str, "parse_float": lambda number: number.removesuffix(".0")}
+    return json.loads(dumps(value), **how)
 
 
 def grade(text, gold):
     """-> [right tool?, and right arguments?] of an answer."""
     call, _ = parse(text)
-    if not call or call["name"] != gold["name"]:
-        return [False, False]
-    return [True, canonical(call["arguments"]) == canonical(gold["arguments"])]
+    return [bool(call) and call["name"] == gold["name"], canonical(call) == canonical(gold)]
 
 
 def read_jsonl(path, convert):
@@ -758,75 +689,54 @@ def read_jsonl(path, convert):
         for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
             if line.strip():
                 record = composed(json.loads(line.decode("utf-8-sig")))
-                need(isinstance(record, dict), "this is no JSON object")
-                if record.get("id") is None:
-                    record["id"] = number
-                i = record["id"] = str(record["id"])
+                i = record["id"] = str(record.get("id", number))
                 need(i not in found, f"id {i} twice")
                 found[i] = convert(record)
         need(found, "nothing in it")
     except MALFORMED as e:
-        why = f"{e}" if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
-        raise InputError(f"{path}:{number}: {why}") from e
+        why = f"{path}:{number}: {type(e).__name__}: {e}; is it in OpenAI's form, one sample a line"
+        raise InputError(f"{why}? For others: python data/convert.py FILE > calls.jsonl") from e
     return found
 
 
 def to_sample(record):
     """A record in OpenAI's form -> {id, messages, tools, call?}: the label is under call alone."""
-    other = "; a record in another form: python data/convert.py FILE > calls.jsonl"
-    for key in ("messages", "tools"):
-        listed = record.get(key)
-        is_list = isinstance(listed, list) and all(isinstance(v, dict) for v in listed)
-        need(is_list and listed, f'no list "{key}" of objects{other}')
-    tools = [to_tool(tool, other) for tool in record["tools"]]
+    tools = [to_tool(tool.get("function", tool)) for tool in record["tools"]]
     names = [tool["name"] for tool in tools]
-    need(len(set(names)) == len(names), f"a tool twice: {sorted(names)}")
-    messages = [to_message(message, other) for message in record["messages"]]
-    need("user" in [m["role"] for m in messages], f"no message of a user{other}")
-
+    need(len(set(names)) == len(names) > 0, "each tool must be there once, and at least one")
+    messages = []
+    for message in record["messages"]:
+        message = {key: value for key, value in message.items() if value is not None}
+        need(message["role"] in ROLES and "function_call" not in message, f"no role of {ROLES}")
+        message |= {"content": message.get("content", "").strip(), "tool_call_id": ID}
+        calls = [to_call(call["function"]) for call in message.pop("tool_calls", [])]
+        if calls:
+            message["tool_calls"] = [{"id": ID, "type": "function", "function": c} for c in calls]
+        messages.append(message)
+    need("user" in [message["role"] for message in messages], "no request of a user")
     # An assistant's last message is what is to be written: its call is the label, its text goes.
-    labels = []
-    if record.get("call"):
-        labels.append(to_call(record["call"]))
+    labels = [to_call(record["call"])] if record.get("call") else []
     while messages[-1]["role"] == "assistant":
         labels += [call["function"] for call in messages.pop().get("tool_calls", [])]
     sample = {"id": record["id"], "messages": messages, "tools": tools}
     for label in labels:
-        need(label["name"] in names, f"the label calls {label['name']}, none of {names}")
-        need(label == labels[0], f"several calls as label{other}")
+        need(label["name"] in names and label == labels[0], f"no call of one of {names}: {labels}")
         sample["call"] = label
     return sample
 
 
-def to_tool(tool, other):
+def to_tool(tool):
     """-> {name, description, parameters}, completed: some templates want all three."""
-    tool = tool.get("function", tool)
-    need(isinstance(tool, dict) and isinstance(tool.get("name"), str), f"a tool has no name{other}")
-    name, schema = tool["name"], tool.get("parameters") or {}
-    other = f'{name}: "parameters" must be a JSON schema{other}'
-    need(isinstance(schema, dict) and not tool.keys() & {"inputSchema", "input_schema"}, other)
-    schema = {key: value for key, value in schema.items() if value is not None}
-    # A map of properties alone is no schema.
-    need("properties" in schema or not schema.keys() - SCHEMA, other)
+    name, about, schema = (tool.get(key) for key in ("name", "description", "parameters"))
+    schema = {key: value for key, value in (schema or {}).items() if value is not None}
+    # A bare map of properties, as xLAM's, is no schema; MCP and Anthropic call it otherwise.
+    named = tool.keys() & {"inputSchema", "input_schema"}
+    bare = "properties" not in schema and any(isinstance(v, dict) for v in schema.values())
     schema = EMPTY | schema
-    need(isinstance(schema["properties"], dict) and isinstance(schema["required"], list), other)
-    need(all(isinstance(rule, dict) for rule in schema["properties"].values()), other)
-    return {"name": name, "description": tool.get("description") or "", "parameters": schema}
-
-
-def to_message(message, other):
-    """-> {role, content, tool_calls?, ...} as chat templates take it."""
-    message = {key: value for key, value in message.items() if value is not None}
-    role, content = message.get("role"), message.setdefault("content", "")
-    need(role in ROLES and isinstance(content, str), f"a message must be {{role, content}}{other}")
-    need("function_call" not in message, f'"function_call" is not read{other}')
-    calls = [to_call(call["function"]) for call in message.pop("tool_calls", [])]
-    message["content"] = content.strip()
-    if calls:
-        message["tool_calls"] = [{"id": ID, "type": "function", "function": c} for c in calls]
-    if role == "tool":
-        message["tool_call_id"] = ID
-    return message
+    rules = [schema["properties"], *schema["properties"].values()]
+    is_schema = all(isinstance(r, dict) for r in rules) and isinstance(schema["required"], list)
+    need(name and is_schema and not named and not bare, f"{name}: no JSON schema as parameters")
+    return {"name": name, "description": about or "", "parameters": schema}
 
 
 # ------------------------------------------------------------------------------------ running
@@ -838,39 +748,32 @@ def load(name, cfg):
         device = f"{found}:{os.environ.get('LOCAL_RANK', 0)}" if found else "cpu"
     dtype = "float32" if cfg.dtype == "auto" and device == "cpu" else cfg.dtype
     how = dict(dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False)
-    step = "it cannot be loaded; give a causal language model in safetensors"
-    try:
+    with advising(f"{name}: give a causal language model in safetensors with a chat template"):
         tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tok.get_chat_template()
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         need(not info["missing_keys"], f"weights are missing: {sorted(info['missing_keys'])}")
-        step = f"it does not fit {device}; give another --device or --dtype"
+    with advising(f"{name}: give another --device or --dtype"):
         model = model.to(device).eval().requires_grad_(False)
-        config = model.config.get_text_config()
-        most = getattr(config, "max_position_embeddings", None) or math.inf
-        tok.model_max_length = min(tok.model_max_length, most) - cfg.max_new_tokens
-        for step in try_out(model, tok, cfg):
-            pass
-    except Exception as e:  # whatever goes wrong in there is about this model
-        raise InputError(f"{name}: {step}: {e}") from e
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or math.inf
+    tok.model_max_length = min(tok.model_max_length, most) - cfg.max_new_tokens
+    with advising(f"{name}: give one with a plain key/value cache, through which a LoRA can learn"):
+        # Positions that depend on a text's whole length are right for a short one.
+        rope = f"{getattr(config, 'rope_parameters', None)}"
+        need("longrope" not in rope and "dynamic" not in rope, f"a prefix cannot be kept: {rope}")
+        try_out(model, tok, cfg)
     return model, tok
 
 
 def try_out(model, tok, cfg):
-    """Does once what a sample does to a model -> the steps, told before each is tried."""
-    yield "it has no chat template; give a model that follows instructions"
-    render(tok, [{"role": "user", "content": "?"}])
-    yield "its positions depend on the length of the whole text; no prefix of it can be kept"
-    rope = f"{getattr(model.config.get_text_config(), 'rope_parameters', None)}"
-    need("longrope" not in rope and "dynamic" not in rope, rope)
-    yield "a token has no embedding; resize the model's"
+    """Does once what a sample does: continues a prefix, repeats its rows, makes a step."""
     last = max(tok.get_vocab().values())
-    need(last < model.get_input_embeddings().weight.shape[0], f"token {last}")
-    yield "what it has read cannot be continued; give one with a plain key/value cache"
-    ids = [last, *range(7)]
-    spans = [(ids, 4), (ids[:6], 5)]
-    whole, parts = (logprob(spans, Prefix(model, ids[:n])) for n in (0, 3))
-    need(torch.allclose(whole, parts, rtol=0.1, atol=0.1), f"{whole} is not {parts}")
-    yield "no LoRA can be trained on it; give weights that autograd reads through"
+    rows = model.get_input_embeddings().weight.shape[0]
+    need(last < rows, f"token {last} has no embedding; resize it")
+    spans = [([last, *range(7)], 4), ([last, *range(5)], 5)]
+    whole, parts = (logprob(spans, Prefix(model, spans[0][0][:n])) for n in (0, 3))
+    need(torch.allclose(whole, parts, rtol=0.1, atol=0.1), "what it has read cannot be continued")
     with temporary_lora(model, cfg, draw("trial")) as lora:
         train(spans, Prefix(model, []), lora, dataclasses.replace(cfg, epochs=1))
 
@@ -916,33 +819,37 @@ def interval(differences, draws=10_000):
 def table(rows):
     """-> what a run ends with: scores of ALL labelled samples, also of those not answered."""
     lines = []
-    grades = [row["grades"] for row in rows if "grades" in row]
-    if grades:
-        both = torch.tensor([[*g["direct"], *g["answer"]] for g in grades]) * 100.0  # (n, 4)
-        means, gain = both.mean(0).tolist(), both[:, 3] - both[:, 1]
+    labelled = [row for row in rows if "grades" in row]
+    if labelled:
+        grades = [[*row["grades"]["direct"], *row["grades"]["answer"]] for row in labelled]
+        points = 100.0 * torch.tensor(grades)  # (n, 4)
+        direct_tool, direct_call, tool, call = points.mean(0).tolist()
+        gain = points[:, 3] - points[:, 1]
         low, high = interval(gain.tolist())
-        repaired, broken = int((gain > 0).sum()), int((gain < 0).sum())
         lines.append(f"{'':12}{'right tool':>13}{'right call':>13}")
-        lines.append(f"{'direct':12}{means[0]:11.1f} %{means[1]:11.1f} %")
-        lines.append(f"{'TT-SI':12}{means[2]:11.1f} %{means[3]:11.1f} %")
-        lines.append(f"{'difference':12}{'':13}{gain.mean():+11.1f}    [{low:+.1f}, {high:+.1f}]")
-        lines[-1] += f"   {repaired} repaired, {broken} broken"
+        lines.append(f"{'direct':12}{direct_tool:11.1f} %{direct_call:11.1f} %")
+        lines.append(f"{'TT-SI':12}{tool:11.1f} %{call:11.1f} %")
+        lines.append(f"{'difference':12}{gain.mean():+24.1f}    [{low:+.1f}, {high:+.1f}]")
+        lines[-1] += f"   {(gain > 0).sum()} repaired, {(gain < 0).sum()} broken"
     decisions = Counter(row["decision"] for row in rows)
     verdicts = Counter(draft["verdict"] for row in rows for draft in row["drafts"])
-    line = ", ".join(f"{n} {decision}" for decision, n in decisions.most_common())
+    lines.append(listed(decisions))
     if verdicts:
-        line += f"; of {verdicts.total()} drafts "
-        line += ", ".join(f"{n} {verdict}" for verdict, n in verdicts.most_common())
-    lines.append(line)
-    # An adapted sample without a label has no direct answer to compare with.
-    compared = [row for row in rows if row["direct_cost"] and ("grades" in row)]
-    if compared:
-        stages = [[row["cost"][stage] for stage in row["cost"]] for row in compared]
-        direct = [row["direct_cost"][stage] for row in compared for stage in ("read", "answer")]
-        seconds, tokens = torch.tensor(sum(stages, [])).sum(0) / torch.tensor(direct).sum(0)
+        lines[-1] += f"; of {verdicts.total()} drafts {listed(verdicts)}"
+    # Where there is no label, there is no direct answer of what was adapted.
+    spent = [cost for row in labelled for cost in row["cost"].values()]
+    if spent:
+        direct = [
+            row["direct_cost"][s] for row in labelled if row["cost"] for s in ("read", "answer")
+        ]
+        seconds, tokens = (torch.tensor(spent).sum(0) / torch.tensor(direct).sum(0)).tolist()
         ratio = f"{seconds:.1f} x the seconds and {tokens:.1f} x the tokens"
         lines.append(f"an answer takes {ratio} of a direct one")
     return "\n".join(lines)
+
+
+def listed(counts):
+    return ", ".join(f"{n} {what}" for what, n in counts.most_common())
 
 
 def run(cfg):
@@ -950,21 +857,28 @@ def run(cfg):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
     need(world == 1 or cfg.output, "each of WORLD_SIZE processes needs --output")
     embedded = Path(cfg.model).resolve() == (DATA / "model").resolve()
-    path = cfg.data or DATA / f"{'demo' if embedded else 'everyday'}.jsonl"
+    path = cfg.data or DATA / ("demo.jsonl" if embedded else "everyday.jsonl")
     samples = read_jsonl(path, to_sample)
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
     need(samples.keys() >= set(ids), f"--trace {cfg.trace}: {path} has no sample of this id")
-    pairs = (
-        read_jsonl(cfg.pairs, lambda r: [dumps(pair) for pair in r["pairs"]]) if cfg.pairs else {}
-    )
+    pairs = {}
+    if cfg.pairs:
+        pairs = read_jsonl(cfg.pairs, lambda record: [*map(dumps, record["pairs"])])
     need(not pairs or pairs.keys() & ids, f"--pairs {cfg.pairs}: no pairs for any sample of {path}")
 
     models = [load(name, cfg) for name in (cfg.model, cfg.teacher) if name]
     model, tok = models[0]
     key = key_of(cfg, samples, pairs, models)
     rows = whole_rows(Path(cfg.output), key, cut=rank == 0) if cfg.output else {}
-    if rank == 0:
-        print(opening(cfg, path, samples, ids, model, tok, embedded))
+    labelled = sum("call" in samples[i] for i in ids)
+    form = "the template's own" if takes_tools(tok, tok.chat_template) else "our"
+    size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
+    print(f"{len(ids)} samples of {path}, {labelled} labelled")
+    print(f"{cfg.model}: {size}; {form} tool prompts\n")
+    # In the embedded world each tool's name is two tokens.
+    names = [tool["name"] for i in ids for tool in samples[i]["tools"]]
+    if embedded and any(len(tok.tokenize(name)) > 2 for name in names):
+        print("The embedded model knows no world but its own: give a --model.\n")
     try:
         todo = [i for i in ids[rank::world] if i not in rows]
         for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank)):
@@ -996,22 +910,6 @@ def key_of(cfg, samples, pairs, models):
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 
-def opening(cfg, path, samples, ids, model, tok, embedded):
-    """-> what a run says first of data and model."""
-    calls = [samples[i]["call"]["name"] for i in ids if "call" in samples[i]]
-    size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
-    form = "the template's own" if takes_tools(tok, tok.chat_template) else "our"
-    lines = [f"{len(ids)} samples of {path}, {len(calls)} labelled"]
-    lines.append(f"{cfg.model}: {size}; {form} tool prompts")
-    # In its own world each tool's name is two tokens.
-    names = [tool["name"] for sample in samples.values() for tool in sample["tools"]]
-    if embedded and max(len(tok.tokenize(name)) for name in names) > 2:
-        lines.append(
-            "the embedded model knows its own world alone (data/demo.jsonl): give a --model"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def tell(steps):
     captions = {"prompt": "what Algorithm 1 sees"}
     captions |= {field.name: field.metadata["help"] for field in dataclasses.fields(Result)[1:]}
@@ -1023,19 +921,16 @@ def tell(steps):
 
 def main(argv):
     """The command line -> {id: row}. Raises InputError, whose text is for the user."""
-    new = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
-    need(new, f"transformers {transformers.__version__} is too old; see requirements.txt")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     parser = transformers.HfArgumentParser(Config, epilog=f"--paper stands for {PAPER}")
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
     argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
     (cfg,) = parser.parse_args_into_dataclasses(argv)
-    for f in dataclasses.fields(Config):
-        if f.type in (int, float) and f.name != "seed":
-            least = int(f.type is int and f.name != "limit")
-            value = getattr(cfg, f.name)
-            need(least <= value <= 10**6, f"--{f.name} {value}: must be from {least} to 1000000")
+    for name, value in vars(cfg).items():
+        least = int(type(value) is int and name not in ("limit", "seed"))
+        is_number = isinstance(value, int | float) and name != "seed"
+        need(not is_number or least <= value <= 10**6, f"--{name} {value}: {least} to 1000000")
     one_sided = cfg.k == 1 and cfg.given != "nothing" and not cfg.pairs
     need(not one_sided, "--k 1 pulls to the likeliest tool: --k 2, --given nothing, or --pairs")
     return run(cfg)

@@ -1,16 +1,17 @@
 """Records of function calling, in the forms that people have -> the one form that ttsi.py reads.
 
     python data/convert.py FILE > calls.jsonl  # no FILE, or -: standard input
-    python data/convert.py BFCL_v4_multiple.json > multiple.jsonl  # answers: possible_answer/ there
-    python data/convert.py --answers ANSWERS.json < BFCL_v4_multiple.json > multiple.jsonl
+    python data/convert.py --answers ANSWERS BFCL_v4_multiple.json > multiple.jsonl
 
-FILE holds JSON objects, one a line, or one JSON array of them, as they are or in gzip. Written is
+FILE holds JSON objects, one a line, or one JSON array of them, as they are or in gzip. BFCL's
+answers are looked for in possible_answer/ beside FILE. Written is, one a line,
 
     {"id": "1", "messages": [{"role": "user", "content": "Cancel my flight to Rome"}],
-     "tools": [{"type": "function", "function": {"name", "description", "parameters": JSON schema}}],
+     "tools": [{"type": "function",
+                "function": {"name": "cancel_flight", "description": "", "parameters": SCHEMA}}],
      "call": {"name": "cancel_flight", "arguments": {"city": "Rome"}}}
 
-one a line. The label is under `call` alone, or there is none: the messages end before it.
+The label is under `call` alone, or there is none: the messages end before it.
 
 Standard error says what was read. A record that is well formed and of no use (several calls, the
 answer's tool not on offer) is dropped, and counted by its reason. A malformed one is left out and
@@ -21,7 +22,6 @@ left, or a file cannot be read or written. Standard library only: it runs where 
 import argparse
 import gzip
 import json
-import math
 import os
 import re
 import statistics
@@ -29,7 +29,6 @@ import sys
 import zlib
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 STDIN = "standard input"
@@ -41,16 +40,6 @@ class Fault(ValueError):
 
 class Dropped(Exception):
     """A record that is well formed and of no use to us; its text is the reason."""
-
-
-@dataclass
-class Report:
-    """What is told at the end."""
-
-    items: int = 0
-    dropped: Counter = field(default_factory=Counter)  # by reason
-    notes: Counter = field(default_factory=Counter)
-    faults: list = field(default_factory=list)  # "file:line: what is wrong; what would be right"
 
 
 def need(ok, text):
@@ -68,21 +57,12 @@ def drop(condition, reason):
 
 def present(pairs):
     """A JSON object without its nulls, which Arrow writes for what is absent."""
-    counts = Counter(key for key, _ in pairs)
-    twice = [key for key, count in counts.items() if count > 1]
-    need(not twice, f"a key twice: {twice}; keep one of each")
+    keys = [key for key, _ in pairs]
+    need(len(set(keys)) == len(keys), f"a key twice among {keys}; keep one")
     return {key: value for key, value in pairs if value is not None}
 
 
-def finite(text):
-    value = float(text)
-    need(math.isfinite(value), f"{text} is out of range; give a finite number, or null")
-    return value
-
-
-STRICT = json.JSONDecoder(
-    object_pairs_hook=present, parse_float=finite, parse_constant=finite, strict=False
-)
+STRICT = json.JSONDecoder(object_pairs_hook=present, strict=False)
 LENIENT = json.JSONDecoder(parse_int=str, strict=False)  # finds the end of what STRICT refuses
 
 
@@ -95,20 +75,19 @@ def decoded(value):
 
 
 def encoded(value):
-    """A value as one line of JSON."""
+    """A value as one line of JSON; a Fault if it holds NaN, 1e999 or what no UTF-8 can hold."""
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
-    except UnicodeEncodeError:
-        raise Fault("a byte that is not UTF-8, or half of a surrogate pair; give UTF-8") from None
+    except ValueError as e:
+        raise Fault(f"{e}; give finite numbers, and text in UTF-8") from None
     return text
 
 
 ALIASES = {
-    "messages": ("messages", "conversations"),
-    "tools": ("tools", "functions", "toolConfig"),  # toolConfig: Bedrock
+    "tools": ("tools", "functions", "toolConfig"),  # toolConfig, toolSpec, toolUse: Bedrock
     "tool": ("function", "toolSpec"),
-    "parameters": ("parameters", "inputSchema", "input_schema"),  # MCP and Bedrock; Anthropic
+    "schema": ("parameters", "inputSchema", "input_schema"),  # MCP and Bedrock; Anthropic
     "label": ("call", "answers", "tool_calls"),  # answers: xLAM, Hammer
     "calls": ("tool_calls", "function_call"),  # function_call: OpenAI's older API
     "call": ("function", "toolUse"),
@@ -130,7 +109,7 @@ def unwrapped(value, what):
 
 
 def as_list(value):
-    """A list; of what is none, the list of that; of nothing, the empty one."""
+    """A list as it is; of nothing the empty one; of anything else the list of that."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
@@ -138,122 +117,102 @@ def as_list(value):
 
 # ------------------------------------------------------------------------------------------ tools
 
-TYPES = {"str": "string", "int": "integer", "long": "integer", "bool": "boolean"}
-TYPES |= {"float": "number", "double": "number", "dict": "object", "map": "object"}
-TYPES |= {"list": "array", "tuple": "array", "set": "array"}
+TYPES = {"str": "string", "int": "integer", "float": "number", "double": "number"}
+TYPES |= {"bool": "boolean", "list": "array", "tuple": "array", "set": "array", "dict": "object"}
 TYPES |= {name: name for name in [*TYPES.values(), "null"]}
-RENAMED = {"choices": "enum", "example": "examples"}
 
 
-def typed(kind, report):
-    """A type as JSON schema: `List[int], optional` -> {"type": "array", "items": ...}.
+def typed(kind):
+    """A type as JSON schema: `List[int], optional` is {"type": "array", "items": ...}.
 
-    Any value is legal if JSON schema does not have the type.
+    What JSON schema does not have ("any") is no rule: then any value is legal.
     """
     if isinstance(kind, list):  # ["string", "null"]
         return {"type": kind}
     form = re.match(r"\s*(?:optional\[)?\s*(\w*)\s*(?:[\[(](.*)[\])])?", str(kind), re.S | re.I)
-    name = form[1].lower()
+    name, inner = form[1].lower(), form[2]
     if name not in TYPES:
-        unknown = f"parameters of type {encoded(kind)[:40]}, unknown to JSON schema"
-        report.notes[f"{unknown}: any value is legal"] += 1
         return {}
-    schema = {"type": TYPES[name]}
-    if schema["type"] == "array" and form[2] and name != "tuple":  # a tuple's may differ
-        items = typed(form[2], report)
-        schema |= {"items": items} if items else {}
-    return schema
+    items = typed(inner) if inner and name in ("list", "set", "array") else {}
+    return {"type": TYPES[name]} | ({"items": items} if items else {})
 
 
-def to_rule(rule, report):
-    """One parameter as JSON schema. Whether it is required, the tool's own list says."""
+def to_schema(rule):
+    """JSON schema of what is nearly so. Which parameters are required, a list says, no flag."""
     rule = decoded(rule)
     if isinstance(rule, bool):  # true: anything
         return {}
-    if isinstance(rule, str):
-        rule = {"type": rule}
+    rule = {"type": rule} if isinstance(rule, str) else rule
     need(isinstance(rule, dict), f"a parameter is {encoded(rule)[:40]}; give its JSON schema")
-    rule = {RENAMED.get(key, key): value for key, value in rule.items() if key != "optional"}
-    if not isinstance(rule.get("required"), list):  # a list is that of an object's properties
+    rule = {key: value for key, value in rule.items() if key != "optional"}
+    if not isinstance(rule.get("required"), list):
         rule.pop("required", None)
-    if "examples" in rule:
-        rule["examples"] = as_list(rule["examples"])
+    if "choices" in rule:
+        rule["enum"] = rule.pop("choices")
+    if "example" in rule:
+        rule["examples"] = [rule.pop("example")]
     if "type" in rule:
-        rule = typed(rule.pop("type"), report) | rule
+        rule = typed(rule.pop("type")) | rule
     if isinstance(rule.get("items"), dict):
-        rule["items"] = to_rule(rule["items"], report)
+        rule["items"] = to_schema(rule["items"])
     if isinstance(rule.get("properties"), dict):
-        parts = rule["properties"].items()
-        rule["properties"] = {key: to_rule(part, report) for key, part in parts}
+        rule["properties"] = {key: to_schema(part) for key, part in rule["properties"].items()}
     return rule
 
 
-def is_map(parameters):
-    """Are these {parameter: rule}, as in xLAM and Hammer, and no JSON schema?
+def is_bare(schema):
+    """Is it {parameter: rule}, as in xLAM and Hammer, and no JSON schema?
 
     The values tell, for a parameter may be called type, properties, required or not: a keyword's
-    are texts and lists, and that of `properties` holds rules, where a rule holds texts.
+    are texts and lists, and `properties` holds rules as a keyword, and texts as a parameter.
     """
-    if parameters.keys() & {"additionalProperties", "$defs", "patternProperties"}:
+    if schema.keys() & {"additionalProperties", "$defs", "patternProperties"}:
         return False
-    inner = parameters.get("properties")
+    inner = schema.get("properties")
     if isinstance(inner, dict) and all(isinstance(rule, (dict, bool)) for rule in inner.values()):
         return False
-    return all(isinstance(rule, dict) for rule in parameters.values())
+    return all(isinstance(rule, dict) for rule in schema.values())
 
 
-def says_required(tool):
-    """Does a tool of bare parameters show that its file marks what is required?
-
-    Then what it does not mark is optional. ToolAlpaca marks parameters, and has a pseudo-tool
-    `components`; API-Bank marks none at all, its tools describe what they `return`. Any other
-    file is xLAM's: required is what has no default and is not called optional, or a pair without
-    any argument would be complete.
-    """
-    parameters = find(tool, "parameters")
-    rules = parameters.values() if isinstance(parameters, dict) else []
-    marked = any(isinstance(rule, dict) and rule.get("required") is True for rule in rules)
-    return marked or "return" in tool or tool["name"] == "components"
-
-
-def is_required(rule, optional_unless_marked):
+def is_required(rule, marked):
+    """Is a parameter required, if no list says so? `marked`: only if its own flag does."""
     rule = rule if isinstance(rule, dict) else {}
-    if isinstance(rule.get("required"), bool):
-        return rule["required"]
+    if marked or isinstance(rule.get("required"), bool):
+        return rule.get("required") is True
     by_type = re.search(r"\boptional\b", str(rule.get("type")), re.I)
-    return not (optional_unless_marked or by_type or "default" in rule or rule.get("optional"))
+    return not (by_type or "default" in rule or rule.get("optional"))
 
 
 def may_be_null(rule):
-    """Then it need not be there: null is absent."""
+    """Then it may be absent, which is the same here."""
     return rule.get("nullable") is True or "null" in f"{rule.get('type')} {rule.get('anyOf')}"
 
 
-def to_tool(tool, optional_unless_marked, report):
+def to_tool(tool, marked):
     """A tool of any API as OpenAI writes it."""
-    schema = find(tool, "parameters") or {}
-    need(isinstance(schema, dict), '"parameters" must be a JSON schema')
-    if "inputSchema" in tool and "json" in schema:  # Bedrock
+    schema = find(tool, "schema") or {}
+    if "inputSchema" in tool and isinstance(schema, dict) and "json" in schema:  # Bedrock
         schema = decoded(schema["json"])
-    rules = schema
-    if is_map(schema):
-        schema = {}
+    need(isinstance(schema, dict), f'{tool["name"]}: its "parameters" must be a JSON schema')
+    if is_bare(schema):
+        schema = {"properties": schema}
     else:
-        rules = decoded(schema.get("properties")) or {}
-        optional_unless_marked = True
-    need(isinstance(rules, dict), '"properties" must be {name: JSON schema}')
+        marked = True
+    rules = decoded(schema.get("properties")) or {}
+    need(isinstance(rules, dict), f'{tool["name"]}: "properties" must be {{name: JSON schema}}')
     required = schema.get("required", tool.get("required"))  # Seal-Tools has it beside them
     if not isinstance(required, list):
-        required = [key for key in rules if is_required(rules[key], optional_unless_marked)]
-    rules = {key: to_rule(rule, report) for key, rule in rules.items()}
-    required = [key for key in required if key in rules and not may_be_null(rules[key])]
-    own = {"type": "object", "properties": rules, "required": required}
+        required = [key for key, rule in rules.items() if is_required(rule, marked)]
+    schema = {"type": "object"} | to_schema(schema | {"properties": rules})
+    rules = schema["properties"]
+    required = [key for key in map(str, required) if key in rules and not may_be_null(rules[key])]
+    schema["required"] = required
     description = str(tool.get("description", ""))
-    function = {"name": tool["name"], "description": description, "parameters": schema | own}
+    function = {"name": tool["name"], "description": description, "parameters": schema}
     return {"type": "function", "function": function}
 
 
-def to_tools(record, report):
+def to_tools(record):
     tools = find(record, "tools")
     if isinstance(tools, dict):  # of MCP, or of Bedrock; or a single one
         tools = tools.get("tools", [tools])
@@ -262,14 +221,16 @@ def to_tools(record, report):
     for n, tool in enumerate(tools):
         named = isinstance(tool, dict) and isinstance(tool.get("name"), str) and tool["name"]
         need(named, f'tools[{n}]: no "name"; give {{"name": ..., "parameters": JSON schema}}')
-    optional_unless_marked = any(map(says_required, tools))
-    # `components` is a section of ToolAlpaca's documentation, and no tool.
-    real = [t for t in tools if t["name"] != "components" or find(t, "parameters")]
-    if len(real) < len(tools):
-        report.notes["times the pseudo-tool components left out"] += 1
-    drop(not real, "no tool is on offer")
-    drop(len({t["name"] for t in real}) < len(real), "a tool is on offer twice")
-    return [to_tool(tool, optional_unless_marked, report) for tool in real]
+    # Which parameters of a bare map are required? ToolAlpaca marks them, if any, and has a
+    # pseudo-tool `components`. API-Bank says nothing: its tools are known by their `return`, and
+    # require nothing. All others are xLAM's: what has no default and is not called optional is
+    # required, or a pair without any argument would pass as complete.
+    marked = '"required": true' in encoded(tools)
+    marked = marked or any("return" in tool or tool["name"] == "components" for tool in tools)
+    tools = [tool for tool in tools if tool["name"] != "components" or find(tool, "schema")]
+    drop(not tools, "no tool is on offer")
+    drop(len({tool["name"] for tool in tools}) < len(tools), "a tool is on offer twice")
+    return [to_tool(tool, marked) for tool in tools]
 
 
 # ----------------------------------------------------------------------------- calls and messages
@@ -278,8 +239,8 @@ ROLES = {"system": "system developer", "user": "user human"}
 ROLES |= {"assistant": "assistant model gpt agent tool_call function_call"}
 ROLES |= {"tool": "tool function ipython observation tool_response"}
 ROLES = {name: role for role, names in ROLES.items() for name in names.split()}
-SUFFIX = re.compile(r"\s*Generate API Request:\s*$")  # ends API-Bank's dialogues; it is no turn
-FENCE = re.compile(r"```\w*|</?tool_call>")
+SUFFIX = re.compile(r"\s*Generate API Request:\s*$")  # ends API-Bank's dialogues, and is no turn
+WRAPPERS = {"call", "function", "tool_calls", "tool_call", "function_call", "action", "answer"}
 PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -295,21 +256,21 @@ def to_call(value):
     return None
 
 
-def calls_in_text(text, names):
-    """The calls that a model wrote in JSON, among other text, of tools on offer."""
+def calls_in_text(text, names=None):
+    """The calls, of these tools, that a text holds as JSON among other things."""
     text = text.rpartition("</think>")[2]
+    text = text[max(text.find("{"), 0) :]  # prose may hold a lone quote
     words = r'"(?:\\.|[^"\\])*"|\b(?:True|False|None)\b'  # strings stay as they are
-    start = max(text.find("{"), 0)  # prose may hold a lone quote
-    text = re.sub(words, lambda found: PYTHON.get(found[0], found[0]), text[start:])
+    text = re.sub(words, lambda found: PYTHON.get(found[0], found[0]), text)
     calls, at = [], text.find("{")
     while at >= 0:
         value, end = {}, at + 1
         with suppress(ValueError, RecursionError):
             value, end = STRICT.raw_decode(text, at)
         call = to_call(value)
-        if call and call["name"] in names:
+        if call and (names is None or call["name"] in names):
             calls.append(call)
-        elif not call and len(value) > 0:  # {"thought": ..., "action": {the call}}
+        elif not call and value.keys() & WRAPPERS:
             end = at + 1
         at = text.find("{", end)
     return calls
@@ -323,21 +284,8 @@ def calls_in(message, names):
     return calls or calls_in_text(message["content"], names)
 
 
-def only_calls(text):
-    """The calls of a text that holds nothing else, be it fenced (API-Bank) or not (ms-swift)."""
-    values = None
-    with suppress(ValueError):
-        values = as_list(decoded(FENCE.sub("", text)))
-    for value in values or []:
-        inner = unwrapped(value, "call")
-        if not isinstance(inner, dict) or not inner.keys() & set(ALIASES["arguments"]):
-            return []
-    calls = [to_call(value) for value in values or []]
-    return calls if all(calls) else []
-
-
 def text_of(part, role, place):
-    """A part of a content as text. A tool's result may be anything."""
+    """A part of a content as text; a tool's result may be anything."""
     text = part.get("text") if isinstance(part, dict) else part
     if isinstance(text, str):
         return SUFFIX.sub("", text)
@@ -351,76 +299,65 @@ def to_messages(message, place):
     """-> [messages] of one: Anthropic has the results of tools in parts of a user's message."""
     message = decoded(message)
     message = message if isinstance(message, dict) else {}
-    name = str(message.get("role", message.get("from"))).lower()
+    name = str(message.get("role")).lower()
     role = ROLES.get(name)
     need(role, f'{place} must be {{"role": one of {sorted(ROLES)}, "content": text}}')
-    texts, results, calls = [], [], as_list(find(message, "calls"))
-    content = message.get("content", message.get("value", ""))
-    for part in content if isinstance(content, list) else [content]:
+    texts, results, calls = [], [], list(as_list(find(message, "calls")))
+    for part in as_list(message.get("content", "")):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "tool_use" or (kind is None and isinstance(part, dict) and "toolUse" in part):
+        if kind == "tool_use" or (isinstance(part, dict) and "toolUse" in part):
             calls.append(part)
         elif kind == "tool_result":
-            results += to_messages({"role": "tool"} | part, place)
+            results += to_messages({"content": ""} | part | {"role": "tool"}, place)
         elif kind not in ("thinking", "redacted_thinking"):
             texts.append(text_of(part, role, place))
     text = "\n".join(texts)
-    if role == "assistant" and not calls and (calls := only_calls(text)):
-        text = ""
-    need(calls or not name.endswith("_call"), f"{place}: no call; give its JSON text")
+    calls_only = name.endswith("_call")  # ms-swift
+    if calls_only or (role == "assistant" and text.startswith("```[")):  # API-Bank
+        calls = calls or calls_in_text(text)
+        text = "" if calls else text
+    need(calls or not calls_only, f'{place}: no call; give {{"name": ..., "arguments": {{...}}}}')
     calls = [to_call(call) for call in calls]
     need(all(calls), f'{place}: a call without name or arguments; give "arguments": {{...}}')
     made = {"role": role, "content": text}
-    if role == "tool" and isinstance(message.get("name"), str):
-        made["name"] = message["name"]
     if calls:
         made["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     return [*results, made]
-
-
-def turns_of(value, role):
-    """The messages that a value is: a list of them, or the text of one."""
-    turns = value
-    with suppress(ValueError):
-        turns = decoded(value)
-    if isinstance(turns, list) and all(isinstance(decoded(turn), dict) for turn in turns):
-        return turns
-    return [{"role": role, "content": value}]
-
-
-def to_dialogue(record):
-    """All messages of a record."""
-    turns = [{"role": "system", "content": record["system"]}] if "system" in record else []
-    before = len(turns)
-    listed = find(record, "messages")
-    if listed is not None:
-        turns += turns_of(listed, "user")
-    else:
-        for key, role in {"query": "user", "prompt": "user", "completion": "assistant"}.items():
-            turns += turns_of(record[key], role) if key in record else []
-    wanted = 'give "messages": [{"role": "user", "content": "..."}]'
-    need(len(turns) > before, f"no request; {wanted}")
-    messages = []
-    for n, turn in enumerate(turns, -before):
-        for message in to_messages(turn, f"messages[{n}]" if n >= 0 else "system"):
-            add(messages, message)
-    drop(all(m["role"] != "user" for m in messages), "no request by the user")
-    return messages
 
 
 def add(messages, message):
     """One more message; a call is of one turn with what the assistant said just before."""
     last = messages[-1] if messages else {"role": "none"}
     calls = message.get("tool_calls", [])
-    if not message["content"].strip():
-        if not calls and message["role"] != "tool":
-            return
-        if calls and last["role"] == "assistant":
-            last["tool_calls"] = last.get("tool_calls", []) + calls
-            return
     if message["role"] == "tool" and len(last.get("tool_calls", [])) == 1:
-        message = {"name": last["tool_calls"][0]["function"]["name"]} | message
-    messages.append(message)
+        messages.append({"name": last["tool_calls"][0]["function"]["name"]} | message)
+    elif message["role"] == "tool" or message["content"].strip():
+        messages.append(message)
+    elif calls and last["role"] == "assistant":
+        last["tool_calls"] = last.get("tool_calls", []) + calls
+    elif calls:
+        messages.append(message)
+
+
+def to_dialogue(record):
+    """All messages of a record, its label's included."""
+    messages, roles = [], {"messages": "user"}
+    if "messages" not in record:  # xLAM; TRL has prompt and completion
+        roles = {"query": "user", "prompt": "user", "completion": "assistant"}
+    roles = {"system": "system"} | {key: role for key, role in roles.items() if key in record}
+    need(len(roles) > 1, 'no request; give "messages": [{"role": "user", "content": "..."}]')
+    for key, role in roles.items():
+        text, turns = record.get(key, ""), None
+        with suppress(ValueError):
+            turns = decoded(text)
+        listed = isinstance(turns, list) and all(isinstance(decoded(turn), dict) for turn in turns)
+        if not listed or key == "system":
+            turns = [{"role": role, "content": text}]
+        for n, turn in enumerate(turns):
+            for message in to_messages(turn, f"{key}[{n}]"):
+                add(messages, message)
+    drop(all(m["role"] != "user" for m in messages), "no request by the user")
+    return messages
 
 
 # ---------------------------------------------------------------------------------- whole records
@@ -463,35 +400,15 @@ def settle(call, accept):
     need(shape, '"accept" must be {argument: [acceptable values]}')
     arguments = dict(call["arguments"])
     for key, values in accept.items():
-        drop(not values, "an argument for which nothing is acceptable")
         stated = [value for value in values if value not in ("", None)]
-        if stated and (key in arguments or len(stated) == len(values)):
+        optional = len(stated) < len(values) and key not in arguments
+        if stated and not optional and arguments.get(key) != plain(stated[0]):
             arguments[key] = stated[0]
     return {"name": call["name"], "arguments": arguments}
 
 
-def to_record(record, number, report):
-    """A record of any form -> {id, messages, tools, call?}."""
-    tools = to_tools(record, report)
-    names = [tool["function"]["name"] for tool in tools]
-    messages = to_dialogue(record)
-    call = take_label(record, messages, names)
-    need(messages, "no request is left before the label; end the messages with it")
-    check_no_leak(messages, call, names)
-    name = str(record.get("id", number))
-    need(name and name.isprintable(), f"id {name!r} is no text; leave it out, and get a number")
-    out = {"id": name, "messages": messages, "tools": tools}
-    if call:
-        out["call"] = settle(call, decoded(record.get("accept")) or {})
-    encoded(out)
-    return out
-
-
-# ------------------------------------------------------------------------ the leaderboard's (BFCL)
-
-
 def plain(value):
-    """The first value that one of the leaderboard's stands for.
+    """The first value that one of BFCL's stands for.
 
     In an object, each value is a list of acceptable ones again, "" for "may be left out".
     """
@@ -504,49 +421,40 @@ def plain(value):
 
 
 def from_bfcl(item, answers):
-    """-> a record with messages, tools, call and accept."""
-    question, functions = item["question"], item.get("function")
+    """An item of BFCL, the Berkeley leaderboard -> a record with messages, tools, call, accept."""
+    question, name = item["question"], str(item.get("id"))
     need(answers is not None, "BFCL's answers are in a file of their own; give --answers FILE")
-    shape = isinstance(functions, list) and all(isinstance(turns, list) for turns in question)
-    need(shape, 'not of BFCL\'s form: {"id", "question": [[messages]], "function": [tools]}')
-    drop(item.get("id") not in answers, "no answer with its id")
+    drop(name not in answers, "no answer with its id")
     drop(len(question) != 1, "several turns")
-    calls = [pair for call in answers[item["id"]] for pair in call.items()]
+    calls = as_list(answers[name])
+    need(all(isinstance(call, dict) for call in calls), "its answer must be [{name: {...}}]")
+    calls = [pair for call in calls for pair in call.items()]
     drop(len(calls) != 1, "several calls" if calls else "no call is right")
-    name, accept = calls[0]
-    accept = {key: [plain(v) for v in as_list(values)] for key, values in accept.items()}
-    call = {"name": name, "arguments": {}}
-    return {"id": item["id"], "messages": question[0], "tools": functions} | {
-        "call": call,
-        "accept": accept,
-    }
+    function, accept = calls[0]
+    need(isinstance(accept, dict), "its answer must be {name: {argument: [acceptable values]}}")
+    drop([] in accept.values(), "an argument with no acceptable value")
+    accept = {key: [plain(value) for value in as_list(values)] for key, values in accept.items()}
+    record = {"id": name, "messages": question[0], "tools": item["function"]}
+    return record | {"call": {"name": function, "arguments": {}}, "accept": accept}
 
 
-def read_answers(path, report):
-    """-> {id: [{name: {argument: acceptable values}}]}."""
-    answers, own = {}, Report()
-    for line, text in read(path, own):
-        try:
-            answer = object_of(text)
-            calls = answer.get("ground_truth")
-            shape = isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
-            shape = shape and all(isinstance(a, dict) for call in calls for a in call.values())
-            need(shape, 'not BFCL\'s; give {"id", "ground_truth": [{name: {argument: [values]}}]}')
-            answers[answer.get("id")] = calls
-        except (ValueError, RecursionError) as e:
-            add_fault(own, path, line, e)
-    report.faults += own.faults
-    return answers
+def to_record(record, number):
+    """A record of any form -> {id, messages, tools, call?}."""
+    tools = to_tools(record)
+    names = [tool["function"]["name"] for tool in tools]
+    messages = to_dialogue(record)
+    call = take_label(record, messages, names)
+    check_no_leak(messages, call, names)
+    name = str(record.get("id", number))
+    need(name and name.isprintable(), f"id {name!r} is no text; leave it out, and get a number")
+    out = {"id": name, "messages": messages, "tools": tools}
+    if call:
+        out["call"] = settle(call, decoded(record.get("accept")) or {})
+    encoded(out)
+    return out
 
 
 # ------------------------------------------------------------------------------------------ files
-
-
-def add_fault(report, path, line, error):
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, RecursionError):
-        text = "nested too deeply; give at most a few dozen levels"
-    report.faults.append(f"{path}:{line}: {text}")
 
 
 def load(path):
@@ -561,78 +469,86 @@ def load(path):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def skip_blanks(text, at):
-    return re.compile(r"\s*").match(text, at).end()
+BLANKS = re.compile(r"\s*")
+BETWEEN = re.compile(r"\s*(,\s*|(?=\]))")
 
 
 def array_items(text):
     """Yields (line, text) of each item of a JSON array."""
     line, counted = 1, 0
-    at = skip_blanks(text, text.index("[") + 1)
+    at = BLANKS.match(text, text.index("[") + 1).end()
     while text[at : at + 1] != "]":
         line += text.count("\n", counted, at)
         counted = at
         try:
             end = LENIENT.raw_decode(text, at)[1]
         except RecursionError:
-            raise json.JSONDecodeError("nested too deeply", text, at) from None
+            raise json.JSONDecodeError("Nested too deeply", text, at) from None
         yield line, text[at:end]
-        at = skip_blanks(text, end)
-        if text[at : at + 1] == ",":
-            at = skip_blanks(text, at + 1)
-        elif text[at : at + 1] != "]":
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+        between = BETWEEN.match(text, end)
+        if not between:
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, BLANKS.match(text, end).end())
+        at = between.end()
     if text[at + 1 :].strip():
-        raise json.JSONDecodeError("Extra data after the array", text, skip_blanks(text, at + 1))
+        raise json.JSONDecodeError("Extra data", text, BLANKS.match(text, at + 1).end())
 
 
-def read(path, report):
-    """Yields (line, text) of each item of JSON lines, or of one JSON array."""
-    text = load(path)
-    array = text.lstrip().startswith("[")
-    try:
-        for line, item in array_items(text) if array else enumerate(text.split("\n"), 1):
-            if item.strip():
-                report.items += 1
-                yield line, item
-    except json.JSONDecodeError as e:  # where the next item of an array would begin, is unknown
-        add_fault(report, path, e.lineno, f"not JSON: {e.msg}; mend it: nothing after it is read")
-
-
-def object_of(text):
+def record_of(text):
     try:
         record = STRICT.decode(text)
     except json.JSONDecodeError as e:
         wanted = "give JSON objects, one a line, or one array of them"
         raise Fault(f"not JSON: {e.msg} (column {e.colno}); {wanted}") from None
-    need(isinstance(record, dict), 'this is no JSON object; give {"messages": ..., "tools": ...}')
+    need(isinstance(record, dict), "this is no JSON object; give one for each record")
     encoded(record)
     return record
 
 
+def read(path, use):
+    """Calls use(n, record) for the n-th of JSON lines, or of one JSON array.
+
+    -> (number of items, [faults as "file:line: what is wrong; what would be right"]).
+    """
+    text, n, faults = load(path), 0, []
+    array = text.lstrip().startswith("[")
+    try:
+        for line, item in array_items(text) if array else enumerate(text.split("\n"), 1):
+            if item.strip():
+                n += 1
+                try:
+                    use(n - 1, record_of(item))
+                except (ValueError, RecursionError) as e:
+                    faults.append(f"{path}:{line}: {' '.join(str(e).split())[:300]}")
+    except json.JSONDecodeError as e:
+        faults.append(f"{path}:{e.lineno}: not JSON: {e.msg}; mend it: nothing after it is read")
+    return n, faults
+
+
 def convert(path, answers_path=None):
-    """-> ([records], Report)."""
-    records, report, answers = {}, Report(), None
-    unused = bool(answers_path)
+    """-> ([records], number of items, Counter of why items were dropped, [faults])."""
+    records, dropped, answers, faults = {}, Counter(), None, []
+
+    def answer(n, item):
+        answers[str(item.get("id"))] = item.get("ground_truth")
+
+    def use(n, record):
+        try:
+            if isinstance(record.get("question"), list) and "function" in record:
+                record = from_bfcl(record, answers)
+            record = to_record(record, n)
+        except Dropped as e:
+            dropped[str(e)] += 1
+            return
+        name = record["id"]
+        need(name not in records, f"id {name!r} is an earlier record's, too; give each its own")
+        records[name] = record
+
     beside = Path(path).parent / "possible_answer" / Path(path).name
     if answers_path or beside.exists():
-        answers = read_answers(answers_path or str(beside), report)
-    for line, text in read(path, report):
-        try:
-            record = object_of(text)
-            if isinstance(record.get("question"), list) and "function" in record:
-                unused = False
-                record = from_bfcl(record, answers)
-            record = to_record(record, report.items - 1, report)
-            name = record["id"]
-            need(name not in records, f"id {name!r} is an earlier record's, too; give each its own")
-            records[name] = record
-        except Dropped as e:
-            report.dropped[str(e)] += 1
-        except (ValueError, RecursionError) as e:
-            add_fault(report, path, line, e)
-    need(not unused, f"{path}: not BFCL's, so its answers are in it; leave --answers out")
-    return list(records.values()), report
+        answers = {}
+        faults += read(answers_path or str(beside), answer)[1]
+    items, more = read(path, use)
+    return list(records.values()), items, dropped, faults + more
 
 
 def shape(records):
@@ -640,28 +556,23 @@ def shape(records):
     n = [len(record["tools"]) for record in records]
     spread = f"{min(n)}/{statistics.median_low(n)}/{max(n)}"
     text = f"candidates {spread} (min/median/max), {n.count(1)} items with one"
-    labelled = [r for r in records if "call" in r]
+    labelled = [record for record in records if "call" in record]
     if not labelled:
-        return f"{text}; no label"
+        return f"{text}; none has a label"
     first = sum(r["tools"][0]["function"]["name"] == r["call"]["name"] for r in labelled)
     percent = f"{100 * first / len(labelled):.1f} %"
     return f"{text}; the first tool listed is the right one in {percent}"
 
 
-def tell(path, records, report):
-    """The faults and counts, on standard error."""
-    lines = report.faults[:10]
-    more = len(report.faults) - len(lines)
-    if more:
-        lines.append(f"and {more} more faults")
-    counts = f"{path}: {report.items} items, {len(records)} left"
-    if report.dropped:
-        why = ", ".join(f"{count} {reason}" for reason, count in report.dropped.most_common())
-        counts += f", {report.dropped.total()} dropped ({why})"
-    if report.faults:
-        counts += f", {len(report.faults)} faults"
-    lines.append(counts)
-    lines += [f"{count} {note}" for note, count in report.notes.items()]
+def tell(path, records, items, dropped, faults):
+    """Faults and counts, on standard error."""
+    lines = faults[:10]
+    if len(faults) > 10:
+        lines.append(f"and {len(faults) - 10} more")
+    why = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+    why = f" ({why})" if why else ""
+    counts = f"{items} items, {len(records)} left, {dropped.total()} dropped{why}"
+    lines.append(f"{path}: {counts}, {len(faults)} faults")
     lines.append(shape(records) if records else "nothing is left")
     for line in lines:
         print(f"convert: {line}", file=sys.stderr)
@@ -679,7 +590,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     path = STDIN if args.file == "-" else args.file
     try:
-        records, report = convert(path, args.answers)
+        records, *counts = convert(path, args.answers)
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         sys.stdout.write("".join(encoded(record) + "\n" for record in records))
         sys.stdout.flush()
@@ -691,7 +602,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"convert: cannot be written: {e}", file=sys.stderr)
         return 2
-    tell(path, records, report)
+    tell(path, records, *counts)
     return 0 if records else 2
 
 
