@@ -142,11 +142,10 @@ def tt_si(model, tok, sample, cfg, writer=None):
 @torch.no_grad()
 def score(x, after_prompt):
     """H. -> {tool name: l_n, nats}, but for what all candidates have in common."""
-    logp = []  # N
     # In groups, so that memory does not grow with N.
-    for i in range(0, len(x.candidates), 8):
-        logp += logprob(x.candidates[i : i + 8], after_prompt).tolist()
-    return dict(zip(x.schemas, logp, strict=True))
+    groups = [x.candidates[i : i + 8] for i in range(0, len(x.candidates), 8)]
+    logp = torch.cat([logprob(group, after_prompt) for group in groups])  # (N,)
+    return dict(zip(x.schemas, logp.tolist(), strict=True))
 
 
 def margin(logp):  # FORK HERE: another uncertainty, below tau
@@ -255,10 +254,9 @@ def fault(pair, before, x, cfg):  # FORK HERE: checks of your own
 
 
 def copies(request, turn):
-    """Does a request say a turn of x word for word, or hold one of three words and more?"""
-    new, old = (re.findall(r"\w+", text.casefold()) for text in (request, turn))
-    inside = len(old) > 2 and f" {' '.join(old)} " in f" {' '.join(new)} "
-    return not new or new == old or inside
+    """Does a request hold all words of a turn of x in their order, or none at all?"""
+    new, old = (" ".join(re.findall(r"\w+", text.casefold())) for text in (request, turn))
+    return not new or new == old or (old.count(" ") > 1 and f" {old} " in f" {new} ")
 
 
 def choose(drafts, tools, cfg):
@@ -301,28 +299,25 @@ def temporary_lora(model, cfg, rng):
 def train(spans, frozen, lora, cfg):
     """T. Steps on the LoRA, in place -> the loss before each, in nats per token of the calls."""
     adamw = torch.optim.AdamW(lora, weight_decay=0.0)  # afresh: no old moments
-    lengths = [len(ids) - begin for ids, begin in spans]
-    lengths = torch.tensor(lengths, device=lora[0].device)  # (K,)
+    lengths = torch.tensor([len(ids) - begin for ids, begin in spans])  # (K,)
     losses = []
     for epoch in range(cfg.epochs):
         lr = cfg.lr * (1 + math.cos(math.pi * epoch / cfg.epochs)) / 2
-        loss = -(logprob(spans, frozen) / lengths).mean()
+        loss = -(logprob(spans, frozen) / lengths.to(lora[0].device)).mean()
         gradients = torch.autograd.grad(loss, lora, materialize_grads=True)
-        losses.append(loss.item())
         norm = torch.nn.utils.get_total_norm(gradients).item()
+        losses.append(loss.item())
         if not 0 < norm < math.inf:
             break
         if cfg.optimizer == "adamw":
+            adamw.param_groups[0]["lr"] = lr
             for p, g in zip(lora, gradients, strict=True):
                 p.grad = g
-            adamw.param_groups[0]["lr"] = lr
             adamw.step()
         else:  # FORK HERE: another update rule
             # Polyak's step takes the fraction lr of the loss, were it linear: one rate for all.
-            step = lr * losses[-1] / norm**2
-            with torch.no_grad():
-                for p, g in zip(lora, gradients, strict=True):
-                    p -= step * g
+            for p, g in zip(lora, gradients, strict=True):
+                p.data -= lr * losses[-1] / norm**2 * g
     return losses
 
 
@@ -497,13 +492,7 @@ def prepare(tok, sample, cfg):
     # The tools are what two prompts begin with, but for a token that a request might merge with.
     other, _ = span(tok, x, "-")
     x.head = max(len(os.path.commonprefix([x.ids, other])) - 1, 0)
-    x.candidates = candidates(tok, x)
-    return x
-
-
-def candidates(tok, x):
-    """-> N spans: the call of each tool, up to the token that closes its name; else the shorter of
-    two names could never lose."""
+    # A candidate goes up to the token that closes its name, or the shorter of two never loses.
     before, after = render_call(tok, {"name": NAME, "arguments": {}}).split(dumps(NAME), 1)
     calls = []  # N
     for name in x.schemas:
@@ -512,8 +501,9 @@ def candidates(tok, x):
         closing = sum(end < len(text) for end in ends)
         calls.append(ids[: closing + 1])
     # What all begin with is not scored: it adds the same to every l_n, and softmax ignores that.
-    shared = len(os.path.commonprefix(calls))
-    return [(x.ids + ids, len(x.ids) + shared) for ids in calls]
+    shared = len(x.ids + os.path.commonprefix(calls))
+    x.candidates = [(x.ids + ids, shared) for ids in calls]
+    return x
 
 
 def span(tok, x, request, call=None):
@@ -649,15 +639,13 @@ def parse(text):
     start = text.rfind("</think>") + 1
     if "<think>" in text[start:]:
         return None, 0
-    at = text.find("{", start)
-    while at >= 0:
+    for brace in re.compile("{").finditer(text, start):
+        at = brace.start()
         end = json_end(text[at:])
         if end == 0:  # what an open object holds might become its arguments
             break
-        if end > 0:
-            with suppress(MALFORMED):
-                return to_call(DECODER.decode(text[at : at + end])), at + end
-        at = text.find("{", at + 1)
+        with suppress(MALFORMED):
+            return to_call(DECODER.decode(text[at : at + max(end, 0)])), at + end
     return None, 0
 
 
@@ -670,16 +658,12 @@ def to_call(value):
     return composed({"name": value["name"], "arguments": arguments})
 
 
-def canonical(value):
-    """As values are compared [ours]: numbers by their text, so that "5" is 5 and 12.0 is 12."""
-    how = {"parse_int": str, "parse_float": lambda number: number.removesuffix(".0")}
-    return json.loads(dumps(value), **how)
-
-
 def grade(text, gold):
-    """-> [right tool?, and right arguments?] of an answer."""
-    call, _ = parse(text)
-    return [bool(call) and call["name"] == gold["name"], canonical(call) == canonical(gold)]
+    """-> [right tool?, and right arguments?] of an answer; numbers are compared by their text
+    [ours], so that "5" is 5 and 12.0 is 12."""
+    how = {"parse_int": str, "parse_float": lambda number: number.removesuffix(".0")}
+    call, gold = (json.loads(dumps(value), **how) for value in (parse(text)[0], gold))
+    return [bool(call) and call["name"] == gold["name"], call == gold]
 
 
 def read_jsonl(path, convert):
@@ -727,16 +711,16 @@ def to_sample(record):
 
 def to_tool(tool):
     """-> {name, description, parameters}, completed: some templates want all three."""
-    name, about, schema = (tool.get(key) for key in ("name", "description", "parameters"))
-    schema = {key: value for key, value in (schema or {}).items() if value is not None}
-    # A bare map of properties, as xLAM's, is no schema; MCP and Anthropic call it otherwise.
-    named = tool.keys() & {"inputSchema", "input_schema"}
-    bare = "properties" not in schema and any(isinstance(v, dict) for v in schema.values())
+    schema = {k: v for k, v in (tool.get("parameters") or {}).items() if v is not None}
+    # MCP and Anthropic call it otherwise; a bare map of properties, as xLAM's, is no schema.
+    is_other = tool.keys() & {"inputSchema", "input_schema"}
+    is_map = "properties" not in schema and any(isinstance(v, dict) for v in schema.values())
+    need(tool["name"] and not is_other and not is_map, "no JSON schema as parameters")
     schema = EMPTY | schema
     rules = [schema["properties"], *schema["properties"].values()]
-    is_schema = all(isinstance(r, dict) for r in rules) and isinstance(schema["required"], list)
-    need(name and is_schema and not named and not bare, f"{name}: no JSON schema as parameters")
-    return {"name": name, "description": about or "", "parameters": schema}
+    need(all(isinstance(rule, dict) for rule in rules), "no JSON schema as parameters")
+    about = tool.get("description") or ""
+    return {"name": tool["name"], "description": about, "parameters": schema}
 
 
 # ------------------------------------------------------------------------------------ running
@@ -759,18 +743,17 @@ def load(name, cfg):
     most = getattr(config, "max_position_embeddings", None) or math.inf
     tok.model_max_length = min(tok.model_max_length, most) - cfg.max_new_tokens
     with advising(f"{name}: give one with a plain key/value cache, through which a LoRA can learn"):
-        # Positions that depend on a text's whole length are right for a short one.
-        rope = f"{getattr(config, 'rope_parameters', None)}"
-        need("longrope" not in rope and "dynamic" not in rope, f"a prefix cannot be kept: {rope}")
-        try_out(model, tok, cfg)
+        try_out(model, tok, config, cfg)
     return model, tok
 
 
-def try_out(model, tok, cfg):
+def try_out(model, tok, config, cfg):
     """Does once what a sample does: continues a prefix, repeats its rows, makes a step."""
+    rope = f"{getattr(config, 'rope_parameters', None)}"
+    need("longrope" not in rope and "dynamic" not in rope, f"positions change with length: {rope}")
     last = max(tok.get_vocab().values())
-    rows = model.get_input_embeddings().weight.shape[0]
-    need(last < rows, f"token {last} has no embedding; resize it")
+    size = len(model.get_input_embeddings().weight)
+    need(last < size, f"token {last} has no embedding; resize it")
     spans = [([last, *range(7)], 4), ([last, *range(5)], 5)]
     whole, parts = (logprob(spans, Prefix(model, spans[0][0][:n])) for n in (0, 3))
     need(torch.allclose(whole, parts, rtol=0.1, atol=0.1), "what it has read cannot be continued")
@@ -797,10 +780,7 @@ def whole_rows(path, key, cut=False):
     """-> {id: row} of a file's whole lines; a torn last one is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    for _ in range(2):
-        *lines, torn = path.read_bytes().split(b"\n")
-        if torn and cut:
-            time.sleep(0.5)  # it may be another process's, which is writing
+    *lines, torn = path.read_bytes().split(b"\n")
     begin = f'{{"key": "{key}"'.encode()
     ours = all(begin.startswith(line[: len(begin)]) for line in [*lines, torn])
     need(ours, f"{path} holds rows of other settings, data or model: take another --output")
@@ -821,7 +801,7 @@ def table(rows):
     lines = []
     labelled = [row for row in rows if "grades" in row]
     if labelled:
-        grades = [[*row["grades"]["direct"], *row["grades"]["answer"]] for row in labelled]
+        grades = [row["grades"]["direct"] + row["grades"]["answer"] for row in labelled]
         points = 100.0 * torch.tensor(grades)  # (n, 4)
         direct_tool, direct_call, tool, call = points.mean(0).tolist()
         gain = points[:, 3] - points[:, 1]
@@ -831,25 +811,21 @@ def table(rows):
         lines.append(f"{'TT-SI':12}{tool:11.1f} %{call:11.1f} %")
         lines.append(f"{'difference':12}{gain.mean():+24.1f}    [{low:+.1f}, {high:+.1f}]")
         lines[-1] += f"   {(gain > 0).sum()} repaired, {(gain < 0).sum()} broken"
-    decisions = Counter(row["decision"] for row in rows)
-    verdicts = Counter(draft["verdict"] for row in rows for draft in row["drafts"])
-    lines.append(listed(decisions))
+    decisions = Counter(row["decision"] for row in rows).most_common()
+    verdicts = Counter(draft["verdict"] for row in rows for draft in row["drafts"]).most_common()
+    lines.append(", ".join(f"{n} {decision}" for decision, n in decisions))
     if verdicts:
-        lines[-1] += f"; of {verdicts.total()} drafts {listed(verdicts)}"
-    # Where there is no label, there is no direct answer of what was adapted.
-    spent = [cost for row in labelled for cost in row["cost"].values()]
-    if spent:
-        direct = [
-            row["direct_cost"][s] for row in labelled if row["cost"] for s in ("read", "answer")
-        ]
-        seconds, tokens = (torch.tensor(spent).sum(0) / torch.tensor(direct).sum(0)).tolist()
+        lines[-1] += f"; of {sum(n for _, n in verdicts)} drafts "
+        lines[-1] += ", ".join(f"{n} {verdict}" for verdict, n in verdicts)
+    # Without a label there is no direct answer of what was adapted.
+    answered = [row for row in labelled if row["cost"]]
+    if answered:
+        spent = torch.tensor([cost for row in answered for cost in row["cost"].values()]).sum(0)
+        direct = [row["direct_cost"][stage] for row in answered for stage in ("read", "answer")]
+        seconds, tokens = (spent / torch.tensor(direct).sum(0)).tolist()
         ratio = f"{seconds:.1f} x the seconds and {tokens:.1f} x the tokens"
         lines.append(f"an answer takes {ratio} of a direct one")
     return "\n".join(lines)
-
-
-def listed(counts):
-    return ", ".join(f"{n} {what}" for what, n in counts.most_common())
 
 
 def run(cfg):
@@ -927,10 +903,8 @@ def main(argv):
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
     argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
     (cfg,) = parser.parse_args_into_dataclasses(argv)
-    for name, value in vars(cfg).items():
-        least = int(type(value) is int and name not in ("limit", "seed"))
-        is_number = isinstance(value, int | float) and name != "seed"
-        need(not is_number or least <= value <= 10**6, f"--{name} {value}: {least} to 1000000")
+    for name in ("k", "drafts", "epochs", "max_new_tokens", "lora_rank"):
+        need(getattr(cfg, name) > 0, f"--{name} must be 1 or more")
     one_sided = cfg.k == 1 and cfg.given != "nothing" and not cfg.pairs
     need(not one_sided, "--k 1 pulls to the likeliest tool: --k 2, --given nothing, or --pairs")
     return run(cfg)
