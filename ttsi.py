@@ -4,12 +4,7 @@
     H  l_n = log P(a_n | x) for each tool name a_n on offer, p = softmax(l), u = p(1) - p(2)
        u >= tau: certain, answer with the base parameters
     G  u <  tau: uncertain, the same model writes K similar pairs (x', y'); it sees no label of x
-    T  a temporary LoRA is trained on these pairs, x is answered with it;
-       then everything is reset: nothing learned is carried over to the next input
-
-    python ttsi.py                                  # embedded model and data, offline
-    python ttsi.py --trace demo-067                 # one sample, step by step
-    python ttsi.py --model Qwen/Qwen2.5-0.5B-Instruct --data calls.jsonl --output runs/qwen.jsonl
+    T  a temporary LoRA is trained on them, x is answered with it, and everything is reset
 
 Departures from the paper, and choices where it is silent (--paper undoes 1, 3 and 4):
  1. One pair for each of the two likeliest tools, or none; an outline gives tool and keys.
@@ -182,10 +177,7 @@ def generate(model, tok, x, after_tools, tools, cfg):
         ids, _ = span(tok, x, DRAFT + x.request)
         asking = Prefix(model, ids[:-1], after_tools)
         texts = write(tok, ids, asking, cfg, outlines, rngs)
-    drafts = []
-    for text in texts:
-        drafts.append(judge(text, drafts, x, cfg))
-    return drafts
+    return [judge(text, x, cfg) for text in texts]
 
 
 def outline(name, schema, given, rng):
@@ -212,19 +204,19 @@ def outline(name, schema, given, rng):
     return text.split(GAP)
 
 
-def judge(text, before, x, cfg):
-    """-> a draft {text, verdict, pair or None}; `before` are the drafts before it."""
+def judge(text, x, cfg):
+    """-> a draft {text, verdict, pair or None}."""
     try:
         value = composed(DECODER.decode(text))
         pair = {"request": value["request"].strip(), "call": to_call(value["call"])}
         span(x.tok, x, pair["request"], pair["call"])  # it may exceed the context
-        verdict = fault(pair, before, x, cfg) or "kept"
+        verdict = fault(pair, x, cfg) or "kept"
     except MALFORMED:
         return {"text": text, "verdict": "no request and call", "pair": None}
     return {"text": text, "verdict": verdict, "pair": pair}
 
 
-def fault(pair, before, x, cfg):  # FORK HERE: checks of your own
+def fault(pair, x, cfg):  # FORK HERE: checks of your own
     """-> what is wrong with a pair {request, call}, as far as x tells, without a label; or ""."""
     name, arguments = pair["call"]["name"], pair["call"]["arguments"]
     # Even with --no-check: --pairs might hold x, with its label.
@@ -232,9 +224,6 @@ def fault(pair, before, x, cfg):  # FORK HERE: checks of your own
         return "copy of the request"
     if not cfg.check:
         return ""
-    kept = [draft["pair"]["request"] for draft in before if draft["verdict"] == "kept"]
-    if pair["request"] in kept:
-        return "written before"
     if name not in x.schemas:
         return "tool not on offer"
     rules, required = x.schemas[name]["properties"], x.schemas[name]["required"]
@@ -462,11 +451,11 @@ def take(tok, row, token, ends):
 # ------------------------------------------------------------------------ prompts and tokens
 TASK = 'Answer with one tool call, {"name": ..., "arguments": {...}}, and nothing else. Tools:'
 CLOCK = "{% macro strftime_now(form) %}01 January 2026{% endmacro %}"  # one date for all days
-NAME = "TOOLNAME"  # a tool's name in a rendered call, to be replaced: some templates spoil odd ones
 ID = "000000000"  # of every call: some templates want one of nine characters
 ROLES = ("system", "user", "assistant", "tool")
 EMPTY = {"type": "object", "properties": {}, "required": []}
 PROBE = {"name": "look_up", "description": "Looks a word up.", "parameters": EMPTY}
+CALL = {"name": "look_up", "arguments": {"word": "tide"}}
 
 
 def draw(*key):
@@ -493,12 +482,11 @@ def prepare(tok, sample, cfg):
     other, _ = span(tok, x, "-")
     x.head = max(len(os.path.commonprefix([x.ids, other])) - 1, 0)
     # A candidate goes up to the token that closes its name, or the shorter of two never loses.
-    before, after = render_call(tok, {"name": NAME, "arguments": {}}).split(dumps(NAME), 1)
     calls = []  # N
+    opening = call_text(tok, CALL).index(dumps(CALL["name"]))  # characters before the name
     for name in x.schemas:
-        text = before + dumps(name)
-        ids, ends = continuation(tok, text + after)
-        closing = sum(end < len(text) for end in ends)
+        ids, ends = continuation(tok, call_text(tok, {"name": name, "arguments": {}}))
+        closing = sum(end < opening + len(dumps(name)) for end in ends)
         calls.append(ids[: closing + 1])
     # What all begin with is not scored: it adds the same to every l_n, and softmax ignores that.
     shared = len(x.ids + os.path.commonprefix(calls))
@@ -514,14 +502,14 @@ def span(tok, x, request, call=None):
 def encode(tok, tools, messages, call=None):
     """-> (ids, begin): a prompt by the model's chat template, and from begin on a call. The tools
     are in the template's own form (native), or else as text in one user turn."""
-    if takes_tools(tok, tok.chat_template):
+    if call_form(tok, tok.chat_template):
         prompt = render(tok, messages, tools)
     else:
         text = "\n".join([TASK, *map(dumps, tools), "", transcript(messages)])
         prompt = render(tok, [{"role": "user", "content": text}])
     # Ids are joined, not texts: none of the prompt merges with those of the call.
     ids = tok(prompt, add_special_tokens=False).input_ids
-    more = continuation(tok, render_call(tok, call))[0] if call else []
+    more = continuation(tok, call_text(tok, call))[0] if call else []
     n = len(ids + more)
     need(n <= tok.model_max_length, f"prompt and answer, {n} tokens and more, exceed the context")
     return ids + more, len(ids)
@@ -539,31 +527,28 @@ def render(tok, messages, tools=None, answered=False):
         return tok.apply_chat_template(messages, tools=tools, **how)
 
 
-def render_call(tok, call, native=None):
-    """-> what continues any prompt with a call: in the template's own form, or as JSON."""
-    if native is None:
-        native = takes_tools(tok, tok.chat_template)
-    if not native:
-        return dumps(call)
-    # Behind a plain request: behind a tool's result some templates close that only now.
-    user = {"role": "user", "content": "?"}
-    function = {"name": NAME, "arguments": call["arguments"]}
-    calls = [{"id": ID, "type": "function", "function": function}]
-    turn = {"role": "assistant", "content": "", "tool_calls": calls}
-    prompt = render(tok, [user], [PROBE])
-    whole = render(tok, [user, turn], [PROBE], answered=True)
-    need(whole.startswith(prompt), "the chat template's prompt does not begin its own answer")
-    return whole.removeprefix(prompt).replace(dumps(NAME), dumps(call["name"]), 1)
-
-
 @functools.cache
-def takes_tools(tok, template):
-    """Does a chat template show tools, and a call in a form that can be parsed?"""
-    call = {"name": "look_up", "arguments": {"word": "tide"}}
+def call_form(tok, template):
+    """-> what continues a prompt with CALL by a chat template; None: it shows no tools."""
+    user = {"role": "user", "content": "?"}
+    calls = [{"id": ID, "type": "function", "function": CALL}]
+    turn = {"role": "assistant", "content": "", "tool_calls": calls}
     with suppress(InputError):
-        prompt = render(tok, [{"role": "user", "content": "?"}], [PROBE])
-        return "look_up" in prompt and parse(render_call(tok, call, native=True))[0] == call
-    return False
+        prompt = render(tok, [user], [PROBE])
+        whole = render(tok, [user, turn], [PROBE], answered=True)
+        form = whole.removeprefix(prompt)
+        shown = PROBE["name"] in prompt and dumps(CALL["arguments"]) in form
+        if shown and whole.startswith(prompt) and parse(form)[0] == CALL:
+            return form
+    return None
+
+
+def call_text(tok, call):
+    """-> what continues any prompt with a call: by the template's form (native), or as JSON."""
+    # Written in here: the templates themselves spoil odd names, and some depend on what was before.
+    text = call_form(tok, tok.chat_template) or dumps(CALL)
+    text = text.replace(dumps(CALL["arguments"]), dumps(call["arguments"]), 1)
+    return text.replace(dumps(CALL["name"]), dumps(call["name"]), 1)
 
 
 def continuation(tok, text):
@@ -713,12 +698,11 @@ def to_tool(tool):
     """-> {name, description, parameters}, completed: some templates want all three."""
     schema = {k: v for k, v in (tool.get("parameters") or {}).items() if v is not None}
     # MCP and Anthropic call it otherwise; a bare map of properties, as xLAM's, is no schema.
-    is_other = tool.keys() & {"inputSchema", "input_schema"}
+    is_other = "inputSchema" in tool or "input_schema" in tool
     is_map = "properties" not in schema and any(isinstance(v, dict) for v in schema.values())
     need(tool["name"] and not is_other and not is_map, "no JSON schema as parameters")
     schema = EMPTY | schema
-    rules = [schema["properties"], *schema["properties"].values()]
-    need(all(isinstance(rule, dict) for rule in rules), "no JSON schema as parameters")
+    need(all(isinstance(rule, dict) for rule in schema["properties"].values()), "no JSON schema")
     about = tool.get("description") or ""
     return {"name": tool["name"], "description": about, "parameters": schema}
 
@@ -743,19 +727,19 @@ def load(name, cfg):
     most = getattr(config, "max_position_embeddings", None) or math.inf
     tok.model_max_length = min(tok.model_max_length, most) - cfg.max_new_tokens
     with advising(f"{name}: give one with a plain key/value cache, through which a LoRA can learn"):
-        try_out(model, tok, config, cfg)
+        rope = f"{getattr(config, 'rope_parameters', None)}"
+        need("longrope" not in rope and "dynamic" not in rope, f"a prefix depends on {rope}")
+        try_out(model, tok, cfg)
     return model, tok
 
 
-def try_out(model, tok, config, cfg):
+def try_out(model, tok, cfg):
     """Does once what a sample does: continues a prefix, repeats its rows, makes a step."""
-    rope = f"{getattr(config, 'rope_parameters', None)}"
-    need("longrope" not in rope and "dynamic" not in rope, f"positions change with length: {rope}")
     last = max(tok.get_vocab().values())
-    size = len(model.get_input_embeddings().weight)
-    need(last < size, f"token {last} has no embedding; resize it")
-    spans = [([last, *range(7)], 4), ([last, *range(5)], 5)]
-    whole, parts = (logprob(spans, Prefix(model, spans[0][0][:n])) for n in (0, 3))
+    need(last < len(model.get_input_embeddings().weight), f"token {last} has no embedding")
+    ids = [last, *range(7)]
+    spans = [(ids, 4), (ids[:6], 5)]
+    whole, parts = logprob(spans, Prefix(model, [])), logprob(spans, Prefix(model, ids[:3]))
     need(torch.allclose(whole, parts, rtol=0.1, atol=0.1), "what it has read cannot be continued")
     with temporary_lora(model, cfg, draw("trial")) as lora:
         train(spans, Prefix(model, []), lora, dataclasses.replace(cfg, epochs=1))
@@ -847,7 +831,7 @@ def run(cfg):
     key = key_of(cfg, samples, pairs, models)
     rows = whole_rows(Path(cfg.output), key, cut=rank == 0) if cfg.output else {}
     labelled = sum("call" in samples[i] for i in ids)
-    form = "the template's own" if takes_tools(tok, tok.chat_template) else "our"
+    form = "the template's own" if call_form(tok, tok.chat_template) else "our"
     size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
     print(f"{len(ids)} samples of {path}, {labelled} labelled")
     print(f"{cfg.model}: {size}; {form} tool prompts\n")
@@ -905,8 +889,6 @@ def main(argv):
     (cfg,) = parser.parse_args_into_dataclasses(argv)
     for name in ("k", "drafts", "epochs", "max_new_tokens", "lora_rank"):
         need(getattr(cfg, name) > 0, f"--{name} must be 1 or more")
-    one_sided = cfg.k == 1 and cfg.given != "nothing" and not cfg.pairs
-    need(not one_sided, "--k 1 pulls to the likeliest tool: --k 2, --given nothing, or --pairs")
     return run(cfg)
 
 
