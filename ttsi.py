@@ -137,19 +137,17 @@ def tt_si(model, tok, sample, cfg, writer=None):
 @torch.no_grad()
 def score(x, after_prompt):
     """H. -> {tool name: l_n, nats}, but for what all candidates have in common."""
-    # In groups, so that memory does not grow with N.
-    groups = [x.candidates[i : i + 8] for i in range(0, len(x.candidates), 8)]
-    logp = torch.cat([logprob(group, after_prompt) for group in groups])  # (N,)
-    return dict(zip(x.schemas, logp.tolist(), strict=True))
+    logp = []  # N
+    for i in range(0, len(x.candidates), 8):  # so that memory does not grow with N
+        logp += logprob(x.candidates[i : i + 8], after_prompt).tolist()
+    return dict(zip(x.schemas, logp, strict=True))
 
 
 def margin(logp):  # FORK HERE: another uncertainty, below tau
     """Relative Softmax Scoring: u = p(1) - p(2) of p = softmax(l); without a runner-up 1 [ours]."""
     p = torch.tensor([*logp.values()], dtype=torch.float64).softmax(0)  # (N,)
-    if len(p) == 1:
-        return 1.0
-    first, second = p.topk(2).values.tolist()
-    return first - second
+    first, *second = p.topk(min(2, len(p))).values.tolist()
+    return first - sum(second)
 
 
 # ------------------------------------------------------------------------------ G: self-data
@@ -182,7 +180,7 @@ def generate(model, tok, x, after_tools, tools, cfg):
 
 def outline(name, schema, given, rng):
     """-> a draft as texts, between each two of which the model writes a JSON value (|), which may
-    begin with the last character of the text; half of the optional keys are drawn.
+    begin with the last character of the text; half of the optional arguments are drawn.
 
     nothing  {|
     name     {"call": {"name": "book", "arguments":|}, "request": "|}
@@ -190,15 +188,15 @@ def outline(name, schema, given, rng):
     """
     if given == "nothing":
         return ["{", ""]
-    fields = []
+    keys = []
     for key, rule in schema["properties"].items():
         quote = ' "' if rule.get("type") == "string" else ""
         drawn = torch.rand((), generator=rng) < 0.5
         if key in schema["required"] or drawn:
-            fields.append(f"{dumps(key)}:{quote}{GAP}")
-    arguments = " {" + ", ".join(fields) + "}"
+            keys.append(f"{dumps(key)}:{quote}{GAP}")
+    arguments = " {" + ", ".join(keys) + "}"
     # A schema may say what it allows in a way that is not understood here.
-    if given == "name" or not (fields or schema == EMPTY):
+    if given == "name" or not (keys or schema == EMPTY):
         arguments = GAP
     text = f'{{"call": {{"name": {dumps(name)}, "arguments":{arguments}}}, "request": "{GAP}}}'
     return text.split(GAP)
@@ -218,17 +216,18 @@ def judge(text, x, cfg):
 
 def fault(pair, x, cfg):  # FORK HERE: checks of your own
     """-> what is wrong with a pair {request, call}, as far as x tells, without a label; or ""."""
-    name, arguments = pair["call"]["name"], pair["call"]["arguments"]
+    request, call = pair["request"].casefold(), pair["call"]
     # Even with --no-check: --pairs might hold x, with its label.
-    if any(copies(pair["request"], turn) for turn in x.turns):
+    if any(copies(request, turn.casefold()) for turn in x.turns):
         return "copy of the request"
     if not cfg.check:
         return ""
-    if name not in x.schemas:
+    if call["name"] not in x.schemas:
         return "tool not on offer"
-    rules, required = x.schemas[name]["properties"], x.schemas[name]["required"]
+    arguments, schema = call["arguments"], x.schemas[call["name"]]
+    rules = schema["properties"]
     unknown = rules and arguments.keys() - rules.keys()
-    if unknown or not arguments.keys() >= set(required):
+    if unknown or not arguments.keys() >= set(schema["required"]):
         return "arguments missing or unknown"
     unsaid = ""
     for key, value in arguments.items():
@@ -236,16 +235,15 @@ def fault(pair, x, cfg):  # FORK HERE: checks of your own
         kind = TYPES.get(str(rule.get("type")), object)
         if not isinstance(value, kind) or value not in rule.get("enum", [value]):
             return "wrong type or not in enum"
-        is_free = isinstance(value, str) and "enum" not in rule
-        if is_free and value.strip().casefold() not in pair["request"].casefold():
+        if isinstance(value, str) and "enum" not in rule and value.casefold() not in request:
             unsaid = UNSAID
     return unsaid
 
 
 def copies(request, turn):
-    """Does a request hold all words of a turn of x in their order, or none at all?"""
-    new, old = (" ".join(re.findall(r"\w+", text.casefold())) for text in (request, turn))
-    return not new or new == old or (old.count(" ") > 1 and f" {old} " in f" {new} ")
+    """Does a request hold the words of a turn of x in their order, or none at all?"""
+    new, old = (" ".join(re.findall(r"\w+", text)) for text in (request, turn))
+    return new in ("", old) or (old.count(" ") > 1 and old in new)
 
 
 def choose(drafts, tools, cfg):
@@ -382,7 +380,8 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     rows = []
     for (text, *parts), rng in zip(outlines, rngs, strict=True):
         # Its text as far as it is settled, the tokens of that, and those to be read next.
-        row = SimpleNamespace(text=text, parts=parts, ids=[], queue=[], over=False, rng=rng)
+        row = SimpleNamespace(text=text, parts=parts, ids=[], queue=[], rng=rng)
+        row.over, row.whole = False, None
         force(tok, row)
         row.queue = ids[len(prefix.ids) :] + row.queue
         rows.append(row)
@@ -401,14 +400,14 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
                     p = (scores / cfg.temperature).softmax(-1)  # (V,)
                     token = torch.multinomial(p, 1, generator=row.rng)
                 take(tok, row, token.item(), ends)
-    return [row.text if row.over else tok.decode(row.ids) for row in rows]
+    return [row.whole or tok.decode(row.ids) for row in rows]
 
 
 # What may come behind an outline's part, by its last character: values that begin differently.
 BEHIND = {
-    '"': ("a", "1"),
     "{": ('"call": {"name": "a', '"request": "a'),
     ":": (' "a', " 1", ' {"a', " [1", " t"),
+    '"': ("a", "1"),
 }
 
 
@@ -423,29 +422,28 @@ def force(tok, row):
 
 def take(tok, row, token, ends):
     """Adds the model's next token to a row; where its value has ended, the next part is forced."""
-    row.queue = [token]
-    if row.over:  # it rides along until all are
+    row.queue = [token]  # it rides along when it is over
+    if row.over or token in ends:
+        row.over = True
         return
     written = tok.decode(row.ids + [token])
     begin = len(row.text) - row.text.endswith(('"', "{"))
-    agrees = written[: len(row.text)] == row.text[: len(written)]
-    end = json_end(written[begin:]) if agrees else -1
+    end = json_end(written[begin:])
     if not row.parts:  # an answer
         end = parse(written)[1]
-    if token in ends:
-        row.over, row.text = True, tok.decode(row.ids)
-    elif end == 0:
-        row.ids.append(token)
-    elif end < 0 or not row.parts:
-        row.over, row.text = True, written
-    else:
+    elif written[: len(row.text)] != row.text[: len(written)]:
+        end = -1
+    if end > 0 and row.parts:
         # The token is not read yet, and may hold more than the value's end: it is replaced.
         row.text = written[: begin + end] + row.parts.pop(0)
-        row.over = not row.parts
         if row.parts:
             force(tok, row)
-        if row.parts and not row.queue:
-            take(tok, row, token, ends)
+            if not row.queue:
+                take(tok, row, token, ends)
+            return
+        row.whole = row.text
+    row.ids.append(token)
+    row.over = end != 0
 
 
 # ------------------------------------------------------------------------ prompts and tokens
@@ -696,11 +694,10 @@ def to_sample(record):
 
 def to_tool(tool):
     """-> {name, description, parameters}, completed: some templates want all three."""
-    schema = {k: v for k, v in (tool.get("parameters") or {}).items() if v is not None}
-    # MCP and Anthropic call it otherwise; a bare map of properties, as xLAM's, is no schema.
-    is_other = "inputSchema" in tool or "input_schema" in tool
-    is_map = "properties" not in schema and any(isinstance(v, dict) for v in schema.values())
-    need(tool["name"] and not is_other and not is_map, "no JSON schema as parameters")
+    schema = {k: v for k, v in (tool.get("parameters") or EMPTY).items() if v is not None}
+    # Neither MCP's and Anthropic's names for it, nor a bare map of properties, as xLAM's.
+    is_schema = "properties" in schema or schema.get("type") == "object"
+    need(is_schema and not {"inputSchema", "input_schema"} & tool.keys(), "no JSON schema")
     schema = EMPTY | schema
     need(all(isinstance(rule, dict) for rule in schema["properties"].values()), "no JSON schema")
     about = tool.get("description") or ""
@@ -710,10 +707,10 @@ def to_tool(tool):
 # ------------------------------------------------------------------------------------ running
 def load(name, cfg):
     """-> (model, tokenizer), frozen; safetensors only, and no code that comes with a model runs."""
-    found = torch.accelerator.current_accelerator(check_available=True)
+    found, index = torch.accelerator.current_accelerator(True), os.environ.get("LOCAL_RANK", 0)
     device = cfg.device
     if device == "auto":
-        device = f"{found}:{os.environ.get('LOCAL_RANK', 0)}" if found else "cpu"
+        device = f"{found}:{index}" if found else "cpu"
     dtype = "float32" if cfg.dtype == "auto" and device == "cpu" else cfg.dtype
     how = dict(dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False)
     with advising(f"{name}: give a causal language model in safetensors with a chat template"):
@@ -727,22 +724,16 @@ def load(name, cfg):
     most = getattr(config, "max_position_embeddings", None) or math.inf
     tok.model_max_length = min(tok.model_max_length, most) - cfg.max_new_tokens
     with advising(f"{name}: give one with a plain key/value cache, through which a LoRA can learn"):
-        rope = f"{getattr(config, 'rope_parameters', None)}"
+        # What a sample does is done once: a prefix is continued by rows, and a step is made.
+        rope, last = f"{getattr(config, 'rope_parameters', 0)}", max(tok.get_vocab().values())
         need("longrope" not in rope and "dynamic" not in rope, f"a prefix depends on {rope}")
-        try_out(model, tok, cfg)
+        need(last < len(model.get_input_embeddings().weight), f"token {last} has no embedding")
+        spans = [([last, *range(7)], 4), ([last, *range(5)], 5)]
+        whole, parts = (logprob(spans, Prefix(model, spans[0][0][:n])) for n in (0, 3))
+        need(torch.allclose(whole, parts, rtol=0.1, atol=0.1), "a prefix cannot be continued")
+        with temporary_lora(model, cfg, draw("trial")) as lora:
+            train(spans, Prefix(model, []), lora, dataclasses.replace(cfg, epochs=1))
     return model, tok
-
-
-def try_out(model, tok, cfg):
-    """Does once what a sample does: continues a prefix, repeats its rows, makes a step."""
-    last = max(tok.get_vocab().values())
-    need(last < len(model.get_input_embeddings().weight), f"token {last} has no embedding")
-    ids = [last, *range(7)]
-    spans = [(ids, 4), (ids[:6], 5)]
-    whole, parts = logprob(spans, Prefix(model, [])), logprob(spans, Prefix(model, ids[:3]))
-    need(torch.allclose(whole, parts, rtol=0.1, atol=0.1), "what it has read cannot be continued")
-    with temporary_lora(model, cfg, draw("trial")) as lora:
-        train(spans, Prefix(model, []), lora, dataclasses.replace(cfg, epochs=1))
 
 
 def answer_both(model, tok, sample, cfg, writer):
