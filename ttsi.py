@@ -1,17 +1,18 @@
 """TT-SI in one file: a language model that improves itself while it answers.
 
-"Self-Improving LLM Agents at Test-Time" (Acikgoz et al. 2025, arXiv 2510.07841), for every input x:
-    H  l_n = log P(a_n | x) for each tool name a_n on offer, p = softmax(l), u = p(1) - p(2)
+"Self-Improving LLM Agents at Test-Time" (Acikgoz et al., arXiv 2510.07841), for each x:
+    H  l_n = log P(a_n | x) for each tool name a_n, p = softmax(l), u = p(1) - p(2)
        u >= tau: certain, answer with the base parameters
-    G  u <  tau: uncertain, the same model writes K similar pairs (x', y'); it sees no label of x
-    T  a temporary LoRA is trained on them, x is answered with it, and everything is reset
+    G  u <  tau: uncertain, it writes K similar pairs (x', y') itself, without a label
+    T  a temporary LoRA is trained on them, x is answered with it, all is reset
 
-Departures from the paper, and choices where it is silent (--paper undoes 1, 3 and 4):
- 1. One pair for each of the two likeliest tools, or none; an outline gives tool and keys.
+Departures from the paper, and choices where it is silent:
+ 1. One pair for each of the two likeliest tools, or none, whose tool and keys are dictated.
  2. A pair is written call first, and a copy of x is never trained on.
- 3. Polyak's step, on the tokens of the calls alone, no warm-up. (--paper: AdamW at 1e-4.)
- 4. The LoRA acts behind the tools only (--adapt suffix): one cache of the tools serves every stage.
+ 3. Polyak's step, on the tokens of the calls alone, no warm-up.
+ 4. The LoRA acts behind the tools only (--adapt suffix): their cache serves every stage.
  5. Tools are offered in a seeded order (--shuffle): benchmarks list the right one first.
+--paper undoes 1, 4, and the step of 3.
 
 N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. In a span (ids, begin),
 ids[begin:] is scored behind ids[:begin].
@@ -43,58 +44,60 @@ DATA = Path(__file__).parent / "data"
 PAPER = "--k 1 --drafts 1 --given nothing --no-check --optimizer adamw --lr 1e-4 --adapt full"
 
 
-def flag(default, text):
+def field(default, text):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass
-class Config:  # every field is a flag; [paper]: stated there or reported from it; [ours]: chosen
-    model: str = flag(f"{DATA}/model", "folder or hub name of a model; default: the embedded one")
-    data: str = flag("", "samples, JSON lines; default: data/everyday.jsonl, embedded: demo.jsonl")
-    output: str = flag("", "a JSON row for each sample goes here; a run that was cut off goes on")
-    teacher: str = flag("", "a model that writes the drafts in the other's place: TT-D [paper]")
-    pairs: str = flag("", "take this file's {id, pairs: [{request, call}]} as drafts, judged alike")
-    limit: int = flag(0, "only the first so many samples; 0: all")
-    trace: str = flag("", "tell the sample of this id step by step")
-    seed: int = flag(0, "of drafts, LoRA initialisation and candidate order")
-    device: str = flag("auto", "a torch device; auto: cuda, else mps, else cpu")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "auto: float32 on cpu")
-    shuffle: bool = flag(True, "offer the tools in a seeded order, not the file's [ours]")
-    tau: float = flag(0.95, "adapt where the margin is below it; 2: always, 0: never [paper]")
-    k: int = flag(2, "pairs, one for each of the k likeliest tools [ours; paper: 1]")
-    drafts: int = flag(4, "for each of these tools, all at once [ours; paper: 1]")
-    given: Literal["keys", "name", "nothing"] = flag("keys", "of a draft [ours; paper: nothing]")
-    temperature: float = flag(0.7, "of drafts; answers are greedy [ours]")
-    check: bool = flag(True, "refuse drafts by label-free checks [ours]")
-    max_new_tokens: int = flag(256, "at most, in a draft or an answer [ours]")
-    lora_rank: int = flag(8, "r [paper]")
-    lora_alpha: float = flag(16.0, "the LoRA's output is scaled by alpha / r [paper]")
-    optimizer: Literal["polyak", "adamw"] = flag("polyak", "see `train` [ours]")
-    lr: float = flag(0.7, "of the cosine; polyak: part of the loss to take [ours; paper: 1e-4]")
-    epochs: int = flag(5, "steps, each on all k pairs [paper: 5, k = 1]")
-    adapt: Literal["suffix", "full"] = flag("suffix", "LoRA behind the tools [ours], or everywhere")
+class Config:  # every field is a flag; [paper]: stated there or reported; [ours]: chosen
+    model: str = field(f"{DATA}/model", "folder or hub name; default: the embedded model")
+    data: str = field("", "JSON lines; default: everyday.jsonl, embedded model: demo.jsonl")
+    output: str = field("", "file for a JSON row a sample; a run that was cut off goes on")
+    teacher: str = field("", "a model that writes the drafts in its place: TT-D [paper]")
+    pairs: str = field("", "file of {id, pairs: [{request, call}]} to be taken as drafts")
+    limit: int = field(0, "only the first so many samples; 0: all")
+    trace: str = field("", "tell the sample of this id step by step")
+    seed: int = field(0, "of drafts, LoRA initialisation and candidate order")
+    device: str = field("auto", "a torch device; auto: cuda, else mps, else cpu")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field("auto", "auto: float32 on cpu")
+    shuffle: bool = field(True, "offer the tools in a seeded order [ours]")
+    tau: float = field(0.95, "adapt where the margin is below; 2: always, 0: never [paper]")
+    k: int = field(2, "pairs, one for each of the k likeliest tools [ours; paper: 1]")
+    drafts: int = field(4, "written for each of these tools, at once [ours; paper: 1]")
+    given: Literal["keys", "name", "nothing"] = field("keys", "see `outline` [ours]")
+    temperature: float = field(0.7, "of drafts; answers are greedy [ours]")
+    check: bool = field(True, "refuse drafts by label-free checks [ours]")
+    max_new_tokens: int = field(256, "at most, in a draft or an answer [ours]")
+    lora_rank: int = field(8, "r [paper]")
+    lora_alpha: float = field(16.0, "the LoRA's output is scaled by alpha / r [paper]")
+    optimizer: Literal["polyak", "adamw"] = field("polyak", "see `train` [ours]")
+    lr: float = field(0.7, "of a step: see `train` [ours; paper: 1e-4]")
+    epochs: int = field(5, "steps, each on all k pairs [paper: 5, k = 1]")
+    adapt: Literal["suffix", "full"] = field(
+        "suffix", "LoRA behind the tools [ours], or everywhere"
+    )
 
 
-# ------------------------------------------------------------------------------- Algorithm 1
+# ------------------------------------------------------------------ Algorithm 1
 @dataclasses.dataclass
 class Result:  # what Algorithm 1 did with one input, as --trace tells it
     id: str
-    logp: dict = flag(None, "H: l_n of each tool name, nats, but for what all have in common")
-    margin: float = flag(None, "H: u = p(1) - p(2), from 0 to 1; uncertain below tau")
-    drafts: list = flag((), "G: all that were written, with what the checks say")
-    pairs: list = flag((), "G: those to train on")
-    loss: list = flag(None, "T: before each step, in nats per token of the calls")
-    decision: str = flag("", "adapted, or why the base answers, or why nothing does")
-    answer: str = flag("", "the text that the model wrote")
-    cost: dict = flag(None, "of each stage: seconds, and tokens read")
+    logp: dict = field(None, "H: l_n of each tool, nats, but for tokens that all share")
+    margin: float = field(None, "H: u = p(1) - p(2), from 0 to 1; uncertain below tau")
+    drafts: list = field((), "G: all that were written, with what the checks say")
+    pairs: list = field((), "G: those to train on")
+    loss: list = field(None, "T: before each step, in nats per token of the calls")
+    decision: str = field("", "adapted, or why the base answers, or why nothing does")
+    answer: str = field("", "the text that the model wrote")
+    cost: dict = field(None, "of each stage: seconds, and tokens read")
 
 
 def tt_si(model, tok, sample, cfg, writer=None):
-    """Algorithm 1 for one input -> Result. A teacher, (model, tok), may write the drafts."""
+    """Algorithm 1 for one input -> Result. A teacher (model, tok) may be the writer."""
     result = Result(sample["id"], cost={})
     stage = functools.partial(measured, model, result.cost)
     writer = writer or (model, tok)
-    model.eval()
+    model.eval()  # it may come in training mode
 
     with stage("read"):
         x = prepare(tok, sample, cfg)
@@ -104,11 +107,11 @@ def tt_si(model, tok, sample, cfg, writer=None):
         result.logp = score(x, after_prompt)
     result.margin = margin(result.logp)  # u = p(1) - p(2)
 
-    # A margin that is no number is not below tau.
-    uncertain = result.margin < cfg.tau
+    uncertain = result.margin < cfg.tau  # not so if the margin is no number
     if uncertain:
         likeliest = sorted(result.logp, key=result.logp.get, reverse=True)[: cfg.k]
-        with stage("generate"), suppress(InputError):  # G: (x', y') ~ P( . | x); no room: none
+        # G: (x', y') ~ P( . | x). There are none where the prompt exceeds the context.
+        with stage("generate"), suppress(InputError):
             result.drafts = generate(*writer, x, after_tools, likeliest, cfg)
             result.pairs = choose(result.drafts, likeliest, cfg)
     if not result.pairs:
@@ -118,7 +121,7 @@ def tt_si(model, tok, sample, cfg, writer=None):
         return result
 
     with stage("train"):
-        # The LoRA acts behind what the base has read: the tools, if no token merges at their end.
+        # The LoRA will act behind what the base has read, which all begin with.
         spans = [span(tok, x, pair["request"], pair["call"]) for pair in result.pairs]
         head = x.ids[: x.head] if cfg.adapt == "suffix" else []
         shared = os.path.commonprefix([head, *(ids for ids, _ in spans)])
@@ -128,12 +131,12 @@ def tt_si(model, tok, sample, cfg, writer=None):
             result.loss = train(spans, frozen, lora, cfg)
         with stage("answer"):  # y ~ P'( . | x), by a fresh forward pass
             result.answer = write(tok, x.ids, frozen, cfg)[0]
-    # Reset: the block has ended, the LoRA is gone; the base parameters were never written.
+    # Reset: the LoRA has gone with its block; the base was never written.
     result.decision = "adapted"
     return result
 
 
-# ------------------------------------------------------------------------- H: self-awareness
+# ------------------------------------------------------------ H: self-awareness
 @torch.no_grad()
 def score(x, after_prompt):
     """H. -> {tool name: l_n, nats}, but for what all candidates have in common."""
@@ -144,13 +147,13 @@ def score(x, after_prompt):
 
 
 def margin(logp):  # FORK HERE: another uncertainty, below tau
-    """Relative Softmax Scoring: u = p(1) - p(2) of p = softmax(l); without a runner-up 1 [ours]."""
+    """Relative Softmax Scoring: u = p(1) - p(2); without a runner-up p(1) [ours]."""
     p = torch.tensor([*logp.values()], dtype=torch.float64).softmax(0)  # (N,)
     first, *second = p.topk(min(2, len(p))).values.tolist()
     return first - sum(second)
 
 
-# ------------------------------------------------------------------------------ G: self-data
+# ----------------------------------------------------------------- G: self-data
 # FORK HERE: another generation prompt, whose form `outline` and `judge` know
 DRAFT = (
     "Write a DIFFERENT request of the same kind as the one below, for any of the tools, and its"
@@ -158,20 +161,21 @@ DRAFT = (
     " nothing else.\n\n"
 )
 GAP = "\0"  # in an outline: here the model writes a JSON value
-UNSAID = "a value is not in the request"  # or worded otherwise there: the pair is a last resort
+UNSAID = "a value is not in the request"  # maybe in other words: a last resort
 TYPES = dict(string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict)
 
 
 def generate(model, tok, x, after_tools, tools, cfg):
-    """G. -> drafts {text, verdict, pair or None}: so many for each of the K tools, all written in
-    one batch; or those that were supplied (--pairs), judged alike."""
+    """G. -> drafts {text, verdict, pair or None} for the K tools, all written in one batch;
+    or those that were supplied (--pairs), judged alike."""
     texts = x.supplied
     if texts is None:
         outlines, rngs = [], []
         for tool in tools:
             for n in range(cfg.drafts):
-                rngs.append(draw(cfg.seed, x.id, tool, n))
-                outlines.append(outline(tool, x.schemas[tool], cfg.given, rngs[-1]))
+                rng = draw(cfg.seed, x.id, tool, n)
+                outlines.append(outline(tool, x.schemas[tool], cfg.given, rng))
+                rngs.append(rng)
         ids, _ = span(tok, x, DRAFT + x.request)
         asking = Prefix(model, ids[:-1], after_tools)
         texts = write(tok, ids, asking, cfg, outlines, rngs)
@@ -179,8 +183,8 @@ def generate(model, tok, x, after_tools, tools, cfg):
 
 
 def outline(name, schema, given, rng):
-    """-> a draft as texts, between each two of which the model writes a JSON value (|), which may
-    begin with the last character of the text; half of the optional arguments are drawn.
+    """-> a draft as texts, between which the model writes JSON values (|): a quote or brace
+    before one is its first character. Half of the optional arguments are drawn.
 
     nothing  {|
     name     {"call": {"name": "book", "arguments":|}, "request": "|}
@@ -195,8 +199,9 @@ def outline(name, schema, given, rng):
         if key in schema["required"] or drawn:
             keys.append(f"{dumps(key)}:{quote}{GAP}")
     arguments = " {" + ", ".join(keys) + "}"
-    # A schema may say what it allows in a way that is not understood here.
-    if given == "name" or not (keys or schema == EMPTY):
+    # A schema may say in another way what it allows.
+    understood = schema["properties"] or schema == EMPTY
+    if given == "name" or not understood:
         arguments = GAP
     text = f'{{"call": {{"name": {dumps(name)}, "arguments":{arguments}}}, "request": "{GAP}}}'
     return text.split(GAP)
@@ -204,22 +209,20 @@ def outline(name, schema, given, rng):
 
 def judge(text, x, cfg):
     """-> a draft {text, verdict, pair or None}."""
-    try:
+    pair, verdict = None, "no request and call"
+    with suppress(MALFORMED):
         value = composed(DECODER.decode(text))
         pair = {"request": value["request"].strip(), "call": to_call(value["call"])}
-        span(x.tok, x, pair["request"], pair["call"])  # it may exceed the context
+        span(x.tok, x, pair["request"], pair["call"])  # does it fit the context?
         verdict = fault(pair, x, cfg) or "kept"
-    except MALFORMED:
-        return {"text": text, "verdict": "no request and call", "pair": None}
     return {"text": text, "verdict": verdict, "pair": pair}
 
 
 def fault(pair, x, cfg):  # FORK HERE: checks of your own
-    """-> what is wrong with a pair {request, call}, as far as x tells, without a label; or ""."""
+    """-> what is wrong with a pair {request, call}, as far as x tells without a label."""
     request, call = pair["request"].casefold(), pair["call"]
-    # Even with --no-check: --pairs might hold x, with its label.
     if any(copies(request, turn.casefold()) for turn in x.turns):
-        return "copy of the request"
+        return "copy of the request"  # even unchecked: --pairs might hold x with its label
     if not cfg.check:
         return ""
     if call["name"] not in x.schemas:
@@ -233,9 +236,10 @@ def fault(pair, x, cfg):  # FORK HERE: checks of your own
     for key, value in arguments.items():
         rule = rules.get(key, {})
         kind = TYPES.get(str(rule.get("type")), object)
-        if not isinstance(value, kind) or value not in rule.get("enum", [value]):
+        if not isinstance(value, kind) or value not in (rule.get("enum") or [value]):
             return "wrong type or not in enum"
-        if isinstance(value, str) and "enum" not in rule and value.casefold() not in request:
+        is_free = isinstance(value, str) and "enum" not in rule
+        if is_free and value.casefold() not in request:
             unsaid = UNSAID
     return unsaid
 
@@ -243,12 +247,12 @@ def fault(pair, x, cfg):  # FORK HERE: checks of your own
 def copies(request, turn):
     """Does a request hold the words of a turn of x in their order, or none at all?"""
     new, old = (" ".join(re.findall(r"\w+", text)) for text in (request, turn))
-    return new in ("", old) or (old.count(" ") > 1 and old in new)
+    return new in ("", old) or (old.count(" ") > 1 and f" {old} " in f" {new} ")
 
 
 def choose(drafts, tools, cfg):
-    """-> the pairs to train on: one for each of the K tools, or none, as one alone would pull the
-    answer to its tool; of free or supplied drafts the first K."""
+    """-> the pairs to train on: one for each of the K tools, or none, as one alone would pull
+    the answer to its tool; of free or supplied drafts the first K."""
     usable = [draft["pair"] for draft in drafts if draft["verdict"] == "kept"]
     usable += [draft["pair"] for draft in drafts if draft["verdict"] == UNSAID]
     if cfg.given == "nothing" or cfg.pairs:
@@ -258,22 +262,23 @@ def choose(drafts, tools, cfg):
     return [pair_of[tool] for tool in tools] if pair_of.keys() >= set(tools) else []
 
 
-# ----------------------------------------------------------------------- T: self-improvement
+# ---------------------------------------------------------- T: self-improvement
 @contextmanager  # FORK HERE: another adapter
 def temporary_lora(model, cfg, rng):
-    """A LoRA on every linear layer -> its parameters, float32. Leaving the block is the reset.
+    """A LoRA on every linear layer -> its parameters. Leaving the block is the reset.
 
-    x --+-- W, frozen --------------------------------+--> y     A uniform in +-1/sqrt(d_in), B = 0:
-        '-- A (d_in, r) -- B (r, d_out) -- alpha / r -'          at first, nothing changes
+    x --+-- W, frozen --------------------------------+--> y     A uniform, +-1/sqrt(d_in);
+        '-- A (d_in, r) -- B (r, d_out) -- alpha / r -'          B = 0: nothing changes yet
     """
     parameters, r, scale = [], cfg.lora_rank, cfg.lora_alpha / cfg.lora_rank
     layers = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
     # The hooks go with the block, even by an exception.
     with ExitStack() as hooks:
         for layer in layers:
-            A = (torch.rand(layer.in_features, r, generator=rng) * 2 - 1) / layer.in_features**0.5
+            d_in, d_out = layer.in_features, layer.out_features
+            A = (torch.rand(d_in, r, generator=rng) * 2 - 1) / d_in**0.5
             A = A.to(model.device).requires_grad_()
-            B = torch.zeros(r, layer.out_features, device=model.device, requires_grad=True)
+            B = torch.zeros(r, d_out, device=model.device, requires_grad=True)
 
             def add(layer, inputs, y, A=A, B=B):  # inputs[0] (R, T, d_in), y (R, T, d_out)
                 return (y + scale * (inputs[0].float() @ A @ B)).to(y.dtype)
@@ -284,7 +289,7 @@ def temporary_lora(model, cfg, rng):
 
 
 def train(spans, frozen, lora, cfg):
-    """T. Steps on the LoRA, in place -> the loss before each, in nats per token of the calls."""
+    """T. Steps on the LoRA, in place -> the loss before each, in nats per token of a call."""
     adamw = torch.optim.AdamW(lora, weight_decay=0.0)  # afresh: no old moments
     lengths = torch.tensor([len(ids) - begin for ids, begin in spans])  # (K,)
     losses = []
@@ -302,16 +307,16 @@ def train(spans, frozen, lora, cfg):
                 p.grad = g
             adamw.step()
         else:  # FORK HERE: another update rule
-            # Polyak's step takes the fraction lr of the loss, were it linear: one rate for all.
+            # Polyak's step: takes the fraction lr of the loss away, were it linear.
             for p, g in zip(lora, gradients, strict=True):
                 p.data -= lr * losses[-1] / norm**2 * g
     return losses
 
 
-# --------------------------------------------------------------------------------- the model
+# -------------------------------------------------------------------- the model
 class Prefix:
-    """Token ids that a model has read, and the cache that it kept, for rows that continue them.
-    These are padded on the right, which causal attention cannot see: no mask, no positions."""
+    """Token ids that a model has read, and its cache of them, for rows that continue them:
+    padded on the right, which causal attention cannot see, so no mask and no positions."""
 
     tokens = 0  # read so far by all prefixes, padding too, for `measured`
 
@@ -331,17 +336,17 @@ class Prefix:
         return cache
 
     def forward(self, cache, new, keep):
-        """Reads new (R, T) behind a cache, in place -> logits (R, keep, V) of the last `keep`."""
+        """Reads new (R, T) behind a cache, in place -> (R, keep, V) the last logits."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        # Places, not a number: of a slice, matmul copies the head R times.
+        # Places: given a number, the head makes R copies of itself.
         last = torch.arange(new.shape[1])[-keep:]
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=last).logits
 
 
 @contextmanager
 def measured(model, cost, stage):
-    """Adds to cost[stage] seconds and tokens read: padding too; with a backward pass twice."""
+    """Adds seconds and tokens read to a stage: padding too; with a backward pass twice."""
     spent = cost.setdefault(stage, [0.0, 0])
     start, before = time.perf_counter(), Prefix.tokens
     yield
@@ -359,14 +364,14 @@ def logprob(spans, prefix):
     """
     n = len(prefix.ids)
     rows = [torch.tensor(ids[n:]) for ids, _ in spans]
+    labels = [torch.tensor([-100] * (begin - n) + ids[begin:]) for ids, begin in spans]
     rows = pad_sequence(rows, batch_first=True)  # (R, T)
-    labels = torch.full_like(rows, -100)  # what is -100 gives no loss
-    for row, (ids, begin) in zip(labels, spans, strict=True):
-        row[begin - n : len(ids) - n] = torch.tensor(ids[begin:])
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100)  # no loss there
     # Before the first scored token no logits are needed.
     first = min(begin for _, begin in spans) - n
     labels = labels[:, first:]  # (R, L)
-    logits = prefix.forward(prefix.copy(len(spans)), rows, labels.shape[1] + 1)[:, :-1].float()
+    cache = prefix.copy(len(spans))
+    logits = prefix.forward(cache, rows, labels.shape[1] + 1)[:, :-1].float()  # (R, L, V)
     labels = labels.to(logits.device)
     return -torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").sum(1)
 
@@ -375,11 +380,12 @@ def logprob(spans, prefix):
 def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     """-> a text behind ids for each of R outlines, in one batch, token by token: drawn by its
     generator on the CPU, or greedy. By default one answer, up to the end of its call."""
-    ends = prefix.model.generation_config.eos_token_id  # no more of it: no penalties
+    # Nothing else of generation_config is used: no penalties.
+    ends = prefix.model.generation_config.eos_token_id
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     rows = []
     for (text, *parts), rng in zip(outlines, rngs, strict=True):
-        # Its text as far as it is settled, the tokens of that, and those to be read next.
+        # Its settled text, parts to come, all tokens, and those of them that are not read yet.
         row = SimpleNamespace(text=text, parts=parts, ids=[], queue=[], rng=rng)
         row.over, row.whole = False, None
         force(tok, row)
@@ -403,7 +409,8 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     return [row.whole or tok.decode(row.ids) for row in rows]
 
 
-# What may come behind an outline's part, by its last character: values that begin differently.
+# Values that may come behind a part, by its last character: tokens that are the same
+# whatever value it is can be forced.
 BEHIND = {
     "{": ('"call": {"name": "a', '"request": "a'),
     ":": (' "a', " 1", ' {"a', " [1", " t"),
@@ -412,7 +419,7 @@ BEHIND = {
 
 
 def force(tok, row):
-    """Queues the tokens of a row's text that are the same whatever value comes behind it."""
+    """Queues the tokens of a row's text, but for what the value behind it may change."""
     if row.text:
         rest = row.text[len(tok.decode(row.ids)) :]
         spelled = [continuation(tok, rest + value)[0] for value in BEHIND[row.text[-1]]]
@@ -421,34 +428,34 @@ def force(tok, row):
 
 
 def take(tok, row, token, ends):
-    """Adds the model's next token to a row; where its value has ended, the next part is forced."""
-    row.queue = [token]  # it rides along when it is over
+    """Adds the model's next token to a row; where a value has ended, forces the next part."""
+    row.queue = [token]  # a row that is over reads on, unused, until all are
     if row.over or token in ends:
         row.over = True
         return
     written = tok.decode(row.ids + [token])
-    begin = len(row.text) - row.text.endswith(('"', "{"))
-    end = json_end(written[begin:])
     if not row.parts:  # an answer
-        end = parse(written)[1]
-    elif written[: len(row.text)] != row.text[: len(written)]:
-        end = -1
-    if end > 0 and row.parts:
-        # The token is not read yet, and may hold more than the value's end: it is replaced.
-        row.text = written[: begin + end] + row.parts.pop(0)
-        if row.parts:
-            force(tok, row)
-            if not row.queue:
-                take(tok, row, token, ends)
-            return
-        row.whole = row.text
-    row.ids.append(token)
-    row.over = end != 0
+        row.ids.append(token)
+        row.over = parse(written)[0] is not None
+        return
+    begin = len(row.text) - row.text.endswith(('"', "{"))
+    agrees = written[: len(row.text)] == row.text[: len(written)]
+    end = json_end(written[begin:]) if agrees else -1
+    if end <= 0:
+        row.ids.append(token)
+        row.over = end < 0
+        return
+    # The token is not read yet, and may hold more than the value's end: it is replaced.
+    row.text = written[: begin + end] + row.parts.pop(0)
+    if row.parts:
+        force(tok, row)
+    else:
+        row.over, row.whole = True, row.text
 
 
-# ------------------------------------------------------------------------ prompts and tokens
+# ----------------------------------------------------------- prompts and tokens
 TASK = 'Answer with one tool call, {"name": ..., "arguments": {...}}, and nothing else. Tools:'
-CLOCK = "{% macro strftime_now(form) %}01 January 2026{% endmacro %}"  # one date for all days
+CLOCK = "{% macro strftime_now(form) %}01 January 2026{% endmacro %}"  # for all days
 ID = "000000000"  # of every call: some templates want one of nine characters
 ROLES = ("system", "user", "assistant", "tool")
 EMPTY = {"type": "object", "properties": {}, "required": []}
@@ -457,7 +464,7 @@ CALL = {"name": "look_up", "arguments": {"word": "tide"}}
 
 
 def draw(*key):
-    """A torch generator seeded by `key` alone: no draw depends on order, resuming or shard."""
+    """A generator seeded by `key` alone: no draw depends on order, resuming or shard."""
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     return torch.Generator().manual_seed(int(digest[:16], 16) >> 1)
 
@@ -470,37 +477,38 @@ def prepare(tok, sample, cfg):
         tools = sorted(tools, key=lambda tool: tool["name"])
         rng = draw(cfg.seed, "order", [tool["name"] for tool in tools])
         tools = [tools[i] for i in torch.randperm(len(tools), generator=rng)]
-    x = SimpleNamespace(id=sample["id"], tok=tok, tools=tools, supplied=sample.get("pairs"))
+    x = SimpleNamespace(id=sample["id"], tok=tok, tools=tools)
+    x.supplied = sample.get("pairs")  # drafts that were written elsewhere
     x.schemas = {tool["name"]: tool["parameters"] for tool in tools}
-    x.system = [m for m in messages if m["role"] == "system"]  # it stands before a pair, too
+    x.system = [m for m in messages if m["role"] == "system"]  # stands before a pair, too
     x.request = transcript([m for m in messages if m["role"] != "system"])
     x.turns = [m["content"] for m in messages if m["role"] == "user"]
     x.ids, _ = encode(tok, tools, messages)
-    # The tools are what two prompts begin with, but for a token that a request might merge with.
+    # Up to the tools two prompts are the same, but for a token that a request may merge with.
     other, _ = span(tok, x, "-")
     x.head = max(len(os.path.commonprefix([x.ids, other])) - 1, 0)
-    # A candidate goes up to the token that closes its name, or the shorter of two never loses.
+    # A candidate ends with the token that closes its name, or `book` always beats `book_room`.
     calls = []  # N
-    opening = call_text(tok, CALL).index(dumps(CALL["name"]))  # characters before the name
+    opening = call_text(tok, CALL).index(dumps(CALL["name"]))  # characters, before a name
     for name in x.schemas:
         ids, ends = continuation(tok, call_text(tok, {"name": name, "arguments": {}}))
         closing = sum(end < opening + len(dumps(name)) for end in ends)
         calls.append(ids[: closing + 1])
-    # What all begin with is not scored: it adds the same to every l_n, and softmax ignores that.
+    # What all begin with is not scored: it adds the same to every l_n.
     shared = len(x.ids + os.path.commonprefix(calls))
     x.candidates = [(x.ids + ids, shared) for ids in calls]
     return x
 
 
 def span(tok, x, request, call=None):
-    """-> (ids, begin): the prompt of a request about the tools of x, and behind it a call."""
+    """-> (ids, begin): a prompt of a request about the tools of x, and behind it a call."""
     return encode(tok, x.tools, [*x.system, {"role": "user", "content": request}], call)
 
 
 def encode(tok, tools, messages, call=None):
-    """-> (ids, begin): a prompt by the model's chat template, and from begin on a call. The tools
-    are in the template's own form (native), or else as text in one user turn."""
-    if call_form(tok, tok.chat_template):
+    """-> (ids, begin): a prompt by the model's chat template, and from begin on a call. Tools
+    are in the template's own form (native), or else text in one user turn."""
+    if call_form(tok, f"{tok.chat_template}"):
         prompt = render(tok, messages, tools)
     else:
         text = "\n".join([TASK, *map(dumps, tools), "", transcript(messages)])
@@ -509,12 +517,12 @@ def encode(tok, tools, messages, call=None):
     ids = tok(prompt, add_special_tokens=False).input_ids
     more = continuation(tok, call_text(tok, call))[0] if call else []
     n = len(ids + more)
-    need(n <= tok.model_max_length, f"prompt and answer, {n} tokens and more, exceed the context")
+    need(n <= tok.model_max_length, f"{n} tokens and an answer exceed the context")
     return ids + more, len(ids)
 
 
 def render(tok, messages, tools=None, answered=False):
-    """-> messages as the chat template writes them; unless answered, the next is the model's."""
+    """-> messages by the chat template; unless answered, the next is the model's."""
     if tools:
         tools = [{"type": "function", "function": tool} for tool in tools]
     how = dict(tokenize=False, enable_thinking=False, date_string="01 January 2026")
@@ -527,7 +535,8 @@ def render(tok, messages, tools=None, answered=False):
 
 @functools.cache
 def call_form(tok, template):
-    """-> what continues a prompt with CALL by a chat template; None: it shows no tools."""
+    """-> what continues a prompt with CALL by the chat template, which keys the cache; None:
+    it shows no tools, or a call that cannot be parsed."""
     user = {"role": "user", "content": "?"}
     calls = [{"id": ID, "type": "function", "function": CALL}]
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
@@ -542,16 +551,16 @@ def call_form(tok, template):
 
 
 def call_text(tok, call):
-    """-> what continues any prompt with a call: by the template's form (native), or as JSON."""
-    # Written in here: the templates themselves spoil odd names, and some depend on what was before.
-    text = call_form(tok, tok.chat_template) or dumps(CALL)
+    """-> what continues any prompt with a call: in the native form, or as JSON."""
+    # Names are put in here, as templates spoil odd ones: a quote, a backslash.
+    text = call_form(tok, f"{tok.chat_template}") or dumps(CALL)
     text = text.replace(dumps(CALL["arguments"]), dumps(call["arguments"]), 1)
     return text.replace(dumps(CALL["name"]), dumps(call["name"]), 1)
 
 
 def continuation(tok, text):
-    """-> (ids of a text that stands behind another, where in the text each of them ends)."""
-    # A stand-in takes the blank that some tokenizers put before a text.
+    """-> (ids of a text that stands behind another, where in the text each ends)."""
+    # A stand-in, which must not merge with it, takes the blank that some tokenizers put first.
     stand_in = "a" if text[:1].isdigit() else "0"
     out = tok(stand_in + text, add_special_tokens=False, return_offsets_mapping=True)
     ends = [end - 1 for _, end in out.offset_mapping]
@@ -560,7 +569,7 @@ def continuation(tok, text):
 
 
 def transcript(messages):
-    """The request; a dialogue becomes "role: text" lines, earlier calls and results included."""
+    """The request; a dialogue becomes "role: text" lines, with earlier calls and results."""
     if len(messages) == 1:
         return messages[0]["content"]
     lines = []
@@ -570,7 +579,7 @@ def transcript(messages):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------ JSON, data, grades
+# ----------------------------------------------------------- JSON, data, grades
 dumps = functools.partial(json.dumps, ensure_ascii=False, allow_nan=False)
 DECODER = json.JSONDecoder(strict=False)
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -595,15 +604,15 @@ def advising(advice):
 
 
 def composed(value):
-    """A JSON value with its letters composed (NFC), as some tokenizers do; ValueError where it is
-    none: NaN, or half a character."""
+    """A JSON value with its letters composed (NFC), as some tokenizers do; ValueError: it is
+    none, as NaN or half a character."""
     text = unicodedata.normalize("NFC", dumps(value))
     text.encode()
     return json.loads(text)
 
 
 def json_end(text):
-    """-> where the JSON value ends that a text begins with; 0: it is open; -1: it is none."""
+    """-> where the JSON value ends that a text begins with; 0: it is open; -1: it's none."""
     start = len(text) - len(text.lstrip())
     try:
         _, end = DECODER.raw_decode(text, start)
@@ -618,7 +627,8 @@ def json_end(text):
 
 
 def parse(text):
-    """-> (the first call in a text, where it ends), or (None, 0). Thoughts hold drafts of it."""
+    """-> (the first call in a text, where it ends), or (None, 0)."""
+    # Behind a thought, which may hold drafts of it.
     start = text.rfind("</think>") + 1
     if "<think>" in text[start:]:
         return None, 0
@@ -642,98 +652,115 @@ def to_call(value):
 
 
 def grade(text, gold):
-    """-> [right tool?, and right arguments?] of an answer; numbers are compared by their text
-    [ours], so that "5" is 5 and 12.0 is 12."""
+    """-> [right tool?, and right arguments?] of an answer. Numbers are compared by their text
+    [ours]: "5" is 5, and 12.0 is 12."""
     how = {"parse_int": str, "parse_float": lambda number: number.removesuffix(".0")}
     call, gold = (json.loads(dumps(value), **how) for value in (parse(text)[0], gold))
     return [bool(call) and call["name"] == gold["name"], call == gold]
 
 
 def read_jsonl(path, convert):
-    """-> {id: convert(record)} of a file of JSON lines; what is refused is named by its line."""
+    """-> {id: convert(record)} of a file of JSON lines; a bad one is named by its line."""
     found, number = {}, 0
     try:
         for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
             if line.strip():
                 record = composed(json.loads(line.decode("utf-8-sig")))
-                i = record["id"] = str(record.get("id", number))
+                i = number if record.get("id") is None else record["id"]
+                i = record["id"] = str(i)
                 need(i not in found, f"id {i} twice")
                 found[i] = convert(record)
         need(found, "nothing in it")
     except MALFORMED as e:
-        why = f"{path}:{number}: {type(e).__name__}: {e}; is it in OpenAI's form, one sample a line"
-        raise InputError(f"{why}? For others: python data/convert.py FILE > calls.jsonl") from e
+        why = e if isinstance(e, InputError) else f"{type(e).__name__}: {e}"
+        advice = "for another form: python data/convert.py FILE > calls.jsonl"
+        raise InputError(f"{path}:{number}: {why}; {advice}") from e
     return found
 
 
 def to_sample(record):
-    """A record in OpenAI's form -> {id, messages, tools, call?}: the label is under call alone."""
+    """A record in OpenAI's form -> {id, messages, tools, call?}: call alone is the label."""
     tools = [to_tool(tool.get("function", tool)) for tool in record["tools"]]
     names = [tool["name"] for tool in tools]
-    need(len(set(names)) == len(names) > 0, "each tool must be there once, and at least one")
+    need(len(set(names)) == len(names) > 0, f"no tools, or one twice: {names}")
     messages = []
     for message in record["messages"]:
         message = {key: value for key, value in message.items() if value is not None}
-        need(message["role"] in ROLES and "function_call" not in message, f"no role of {ROLES}")
+        need(message["role"] in ROLES, f"role {message['role']} is none of {ROLES}")
+        need("function_call" not in message, "function_call is an older form")
         message |= {"content": message.get("content", "").strip(), "tool_call_id": ID}
         calls = [to_call(call["function"]) for call in message.pop("tool_calls", [])]
         if calls:
             message["tool_calls"] = [{"id": ID, "type": "function", "function": c} for c in calls]
         messages.append(message)
     need("user" in [message["role"] for message in messages], "no request of a user")
-    # An assistant's last message is what is to be written: its call is the label, its text goes.
+    # What an assistant says last is to be written: its call is the label, its text goes.
     labels = [to_call(record["call"])] if record.get("call") else []
     while messages[-1]["role"] == "assistant":
         labels += [call["function"] for call in messages.pop().get("tool_calls", [])]
     sample = {"id": record["id"], "messages": messages, "tools": tools}
     for label in labels:
-        need(label["name"] in names and label == labels[0], f"no call of one of {names}: {labels}")
+        need(label["name"] in names, f"the label calls {label['name']}, none of {names}")
+        need(label == labels[0], "several calls as the label")
         sample["call"] = label
     return sample
 
 
 def to_tool(tool):
     """-> {name, description, parameters}, completed: some templates want all three."""
-    schema = {k: v for k, v in (tool.get("parameters") or EMPTY).items() if v is not None}
-    # Neither MCP's and Anthropic's names for it, nor a bare map of properties, as xLAM's.
+    schema = tool.get("parameters") or EMPTY
+    schema = {key: value for key, value in schema.items() if value is not None}
+    # Refused: MCP's and Anthropic's names for it, and a map of properties, as xLAM's.
     is_schema = "properties" in schema or schema.get("type") == "object"
-    need(is_schema and not {"inputSchema", "input_schema"} & tool.keys(), "no JSON schema")
+    is_other = "inputSchema" in tool or "input_schema" in tool
     schema = EMPTY | schema
-    need(all(isinstance(rule, dict) for rule in schema["properties"].values()), "no JSON schema")
+    rules = schema["properties"].values()
+    is_schema = is_schema and not is_other and all(isinstance(rule, dict) for rule in rules)
+    need(is_schema, f'"parameters" of {tool["name"]} must be a JSON schema')
     about = tool.get("description") or ""
     return {"name": tool["name"], "description": about, "parameters": schema}
 
 
-# ------------------------------------------------------------------------------------ running
+# ---------------------------------------------------------------------- running
 def load(name, cfg):
-    """-> (model, tokenizer), frozen; safetensors only, and no code that comes with a model runs."""
-    found, index = torch.accelerator.current_accelerator(True), os.environ.get("LOCAL_RANK", 0)
+    """-> (model, tokenizer), frozen; safetensors only, and no code that comes with it runs."""
+    found = torch.accelerator.current_accelerator(check_available=True)
     device = cfg.device
     if device == "auto":
-        device = f"{found}:{index}" if found else "cpu"
+        device = f"{found}:{os.environ.get('LOCAL_RANK', 0)}" if found else "cpu"
     dtype = "float32" if cfg.dtype == "auto" and device == "cpu" else cfg.dtype
     how = dict(dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False)
-    with advising(f"{name}: give a causal language model in safetensors with a chat template"):
+    with advising(f"{name}: give a causal language model with safetensors and chat template"):
         tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tok.get_chat_template()
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
-        need(not info["missing_keys"], f"weights are missing: {sorted(info['missing_keys'])}")
+        need(not info["missing_keys"], f"weights are missing: {info['missing_keys']}")
     with advising(f"{name}: give another --device or --dtype"):
         model = model.to(device).eval().requires_grad_(False)
     config = model.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None) or math.inf
     tok.model_max_length = min(tok.model_max_length, most) - cfg.max_new_tokens
-    with advising(f"{name}: give one with a plain key/value cache, through which a LoRA can learn"):
-        # What a sample does is done once: a prefix is continued by rows, and a step is made.
-        rope, last = f"{getattr(config, 'rope_parameters', 0)}", max(tok.get_vocab().values())
-        need("longrope" not in rope and "dynamic" not in rope, f"a prefix depends on {rope}")
-        need(last < len(model.get_input_embeddings().weight), f"token {last} has no embedding")
-        spans = [([last, *range(7)], 4), ([last, *range(5)], 5)]
-        whole, parts = (logprob(spans, Prefix(model, spans[0][0][:n])) for n in (0, 3))
-        need(torch.allclose(whole, parts, rtol=0.1, atol=0.1), "a prefix cannot be continued")
-        with temporary_lora(model, cfg, draw("trial")) as lora:
-            train(spans, Prefix(model, []), lora, dataclasses.replace(cfg, epochs=1))
+    with advising(f"{name}: give one with a plain key/value cache, that a LoRA can train"):
+        rope = f"{getattr(config, 'rope_parameters', None)}"
+        changes = "longrope" in rope or "dynamic" in rope
+        need(not changes, f"its positions depend on the length of a text: {rope}")
+        try_out(model, tok, cfg)
     return model, tok
+
+
+def try_out(model, tok, cfg):
+    """Does once what a sample does: rows continue a prefix, and a LoRA makes a step."""
+    last = max(tok.get_vocab().values())
+    size = len(model.get_input_embeddings().weight)
+    need(last < size, f"token {last} is beyond its {size} embeddings")
+    ids = [last, *range(7)]
+    spans = [(ids, 4), (ids[:6], 5)]
+    whole, parts = logprob(spans, Prefix(model, [])), logprob(spans, Prefix(model, ids[:3]))
+    same = torch.allclose(whole, parts, rtol=0.1, atol=0.1)
+    need(same, "what it has read cannot be continued")
+    with temporary_lora(model, cfg, draw("trial")) as lora:
+        train(spans, Prefix(model, []), lora, dataclasses.replace(cfg, epochs=1))
+        need(lora[1].any(), "its gradient is zero, or no number")
 
 
 def answer_both(model, tok, sample, cfg, writer):
@@ -744,7 +771,8 @@ def answer_both(model, tok, sample, cfg, writer):
             direct = tt_si(model, tok, sample, dataclasses.replace(cfg, tau=0.0))
     except InputError as e:  # beyond the context, or refused by the chat template
         result = direct = Result(sample["id"], cost={}, decision=f"not answered: {e}")
-    row = dataclasses.asdict(result) | {"direct": direct.answer, "direct_cost": direct.cost}
+    row = dataclasses.asdict(result)
+    row |= {"direct": direct.answer, "direct_cost": direct.cost}
     if "call" in sample:
         row["grades"] = {side: grade(row[side], sample["call"]) for side in ("direct", "answer")}
     # A number that is none is null.
@@ -757,22 +785,25 @@ def whole_rows(path, key, cut=False):
     path.touch()
     *lines, torn = path.read_bytes().split(b"\n")
     begin = f'{{"key": "{key}"'.encode()
-    ours = all(begin.startswith(line[: len(begin)]) for line in [*lines, torn])
-    need(ours, f"{path} holds rows of other settings, data or model: take another --output")
+    ours = all(line.startswith(begin) for line in lines)
+    ours = ours and begin.startswith(torn[: len(begin)])
+    need(ours, f"{path} has rows of other settings, data or model: take another --output")
     if torn and cut:
-        os.truncate(path, sum(len(line) + 1 for line in lines))
+        time.sleep(1)  # another process may be writing it
+        if path.read_bytes().endswith(torn):
+            os.truncate(path, sum(len(line) + 1 for line in lines))
     return {row["id"]: row for row in map(json.loads, lines)}
 
 
 def interval(differences, draws=10_000):
-    """Paired bootstrap over samples: the 2.5 and 97.5 % quantiles of the mean difference."""
+    """Paired bootstrap over samples: 2.5 and 97.5 % quantiles of the mean difference."""
     d, rng = torch.tensor(differences), draw("bootstrap")
     means = [d[torch.randint(len(d), (len(d),), generator=rng)].mean() for _ in range(draws)]
     return torch.stack(means).quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
 def table(rows):
-    """-> what a run ends with: scores of ALL labelled samples, also of those not answered."""
+    """-> what a run ends with: scores of ALL labelled samples, answered or not."""
     lines = []
     labelled = [row for row in rows if "grades" in row]
     if labelled:
@@ -784,52 +815,47 @@ def table(rows):
         lines.append(f"{'':12}{'right tool':>13}{'right call':>13}")
         lines.append(f"{'direct':12}{direct_tool:11.1f} %{direct_call:11.1f} %")
         lines.append(f"{'TT-SI':12}{tool:11.1f} %{call:11.1f} %")
-        lines.append(f"{'difference':12}{gain.mean():+24.1f}    [{low:+.1f}, {high:+.1f}]")
+        lines.append(f"{'difference':12}{gain.mean():+26.1f}  [{low:+.1f}, {high:+.1f}]")
         lines[-1] += f"   {(gain > 0).sum()} repaired, {(gain < 0).sum()} broken"
-    decisions = Counter(row["decision"] for row in rows).most_common()
-    verdicts = Counter(draft["verdict"] for row in rows for draft in row["drafts"]).most_common()
-    lines.append(", ".join(f"{n} {decision}" for decision, n in decisions))
-    if verdicts:
-        lines[-1] += f"; of {sum(n for _, n in verdicts)} drafts "
-        lines[-1] += ", ".join(f"{n} {verdict}" for verdict, n in verdicts)
-    # Without a label there is no direct answer of what was adapted.
+    drafts = [draft for row in rows for draft in row["drafts"]]
+    lines.append(counted(row["decision"] for row in rows))
+    if drafts:
+        verdicts = counted(draft["verdict"] for draft in drafts)
+        lines[-1] += f"; of {len(drafts)} drafts {verdicts}"
+    # Of what was adapted without a label there is no direct answer.
     answered = [row for row in labelled if row["cost"]]
     if answered:
-        spent = torch.tensor([cost for row in answered for cost in row["cost"].values()]).sum(0)
+        spent = [cost for row in answered for cost in row["cost"].values()]
         direct = [row["direct_cost"][stage] for row in answered for stage in ("read", "answer")]
-        seconds, tokens = (spent / torch.tensor(direct).sum(0)).tolist()
+        seconds, tokens = (torch.tensor(spent).sum(0) / torch.tensor(direct).sum(0)).tolist()
         ratio = f"{seconds:.1f} x the seconds and {tokens:.1f} x the tokens"
         lines.append(f"an answer takes {ratio} of a direct one")
     return "\n".join(lines)
+
+
+def counted(words):
+    return ", ".join(f"{n} {word}" for word, n in Counter(words).most_common())
 
 
 def run(cfg):
     """Reads, answers, scores, writes -> {id: row}."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
     need(world == 1 or cfg.output, "each of WORLD_SIZE processes needs --output")
-    embedded = Path(cfg.model).resolve() == (DATA / "model").resolve()
-    path = cfg.data or DATA / ("demo.jsonl" if embedded else "everyday.jsonl")
+    path = cfg.data or DATA / ("demo.jsonl" if is_embedded(cfg) else "everyday.jsonl")
     samples = read_jsonl(path, to_sample)
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
-    need(samples.keys() >= set(ids), f"--trace {cfg.trace}: {path} has no sample of this id")
+    need(samples.keys() >= set(ids), f"--trace: {path} has no sample {cfg.trace}")
     pairs = {}
     if cfg.pairs:
-        pairs = read_jsonl(cfg.pairs, lambda record: [*map(dumps, record["pairs"])])
-    need(not pairs or pairs.keys() & ids, f"--pairs {cfg.pairs}: no pairs for any sample of {path}")
+        pairs = read_jsonl(cfg.pairs, lambda row: [*map(dumps, row["pairs"])])
+        need(pairs.keys() & ids, f"{cfg.pairs} has pairs for no sample of {path}")
 
     models = [load(name, cfg) for name in (cfg.model, cfg.teacher) if name]
     model, tok = models[0]
     key = key_of(cfg, samples, pairs, models)
     rows = whole_rows(Path(cfg.output), key, cut=rank == 0) if cfg.output else {}
-    labelled = sum("call" in samples[i] for i in ids)
-    form = "the template's own" if call_form(tok, tok.chat_template) else "our"
-    size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
-    print(f"{len(ids)} samples of {path}, {labelled} labelled")
-    print(f"{cfg.model}: {size}; {form} tool prompts\n")
-    # In the embedded world each tool's name is two tokens.
-    names = [tool["name"] for i in ids for tool in samples[i]["tools"]]
-    if embedded and any(len(tok.tokenize(name)) > 2 for name in names):
-        print("The embedded model knows no world but its own: give a --model.\n")
+    if rank == 0:
+        describe(cfg, path, [samples[i] for i in ids], model, tok)
     try:
         todo = [i for i in ids[rank::world] if i not in rows]
         for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank)):
@@ -840,15 +866,34 @@ def run(cfg):
                 with open(cfg.output, "ab", buffering=0) as file:
                     file.write((json.dumps(rows[i]) + "\n").encode())
                     os.fsync(file)
-    finally:  # the table so far, whatever ends the run; of several processes the last one's
+    finally:  # the table so far, whatever ends the run; of several processes the last's
         if cfg.output:
             rows |= whole_rows(Path(cfg.output), key)
         if cfg.trace in rows:
-            prompt = tok.decode(prepare(tok, samples[cfg.trace], cfg).ids)
-            tell({"prompt": prompt, "label": samples[cfg.trace].get("call")} | rows[cfg.trace])
+            steps = rows[cfg.trace] | {"prompt": "", "label": samples[cfg.trace].get("call")}
+            with suppress(InputError):
+                steps["prompt"] = tok.decode(prepare(tok, samples[cfg.trace], cfg).ids)
+            tell(steps)
         elif rows and (world == 1 or rows.keys() >= set(ids)):
             print(table([rows[i] for i in samples if i in rows]))
     return rows
+
+
+def describe(cfg, path, samples, model, tok):
+    """Prints what a run says first, of data and model."""
+    labelled = sum("call" in sample for sample in samples)
+    form = "the template's own" if call_form(tok, f"{tok.chat_template}") else "our"
+    size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
+    print(f"{len(samples)} samples of {path}, {labelled} labelled")
+    print(f"{cfg.model}: {size}; {form} tool prompts\n")
+    # In the embedded model's world each tool's name is two tokens.
+    names = [tool["name"] for sample in samples for tool in sample["tools"]]
+    if is_embedded(cfg) and any(len(tok.tokenize(name)) > 2 for name in names):
+        print("The embedded model knows no world but its own: give a --model.\n")
+
+
+def is_embedded(cfg):
+    return Path(cfg.model).resolve() == (DATA / "model").resolve()
 
 
 def key_of(cfg, samples, pairs, models):
@@ -863,8 +908,9 @@ def key_of(cfg, samples, pairs, models):
 
 def tell(steps):
     captions = {"prompt": "what Algorithm 1 sees"}
-    captions |= {field.name: field.metadata["help"] for field in dataclasses.fields(Result)[1:]}
-    captions |= {"direct": "what the base alone writes", "label": "which no step has seen"}
+    for item in dataclasses.fields(Result)[1:]:
+        captions[item.name] = item.metadata["help"]
+    captions |= {"direct": "what the base alone writes", "label": "which no step saw"}
     for name, caption in captions.items():
         lines = steps[name] if isinstance(steps[name], list) else [steps[name]]
         print(f"\n-- {name:10}{caption}", *lines, sep="\n   ")
@@ -877,9 +923,10 @@ def main(argv):
     parser = transformers.HfArgumentParser(Config, epilog=f"--paper stands for {PAPER}")
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
     argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
-    (cfg,) = parser.parse_args_into_dataclasses(argv)
+    cfg = Config(**vars(parser.parse_args(argv)))
     for name in ("k", "drafts", "epochs", "max_new_tokens", "lora_rank"):
         need(getattr(cfg, name) > 0, f"--{name} must be 1 or more")
+    need(cfg.limit >= 0, "--limit must be 0 or more")
     return run(cfg)
 
 

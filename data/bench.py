@@ -1,350 +1,200 @@
-"""What an answer costs, beside what a user would write otherwise: real prompts, drafts, answers.
+"""What an answer costs, beside what a user would write otherwise: whole answers, timed in turn.
 
-    python data/bench.py --model FOLDER --data canonical_dev_200.jsonl --dtype bfloat16
-    python data/bench.py --model FOLDER --data canonical_dev_200.jsonl grow   # cost by size
-    python data/bench.py --quick                      # the embedded model, two items of its dev
+    python data/bench.py --model FOLDER --data FILE --output F.jsonl   # and any flag of ttsi.py
+    python data/bench.py --kept --output F.jsonl           # the tables of the rows in that file
+    python data/bench.py grow --model FOLDER --data FILE   # peak memory, and cost by size
+    python data/bench.py --quick                           # two items of the embedded model
 
-Rivals are timed in turn on each item, in turning order. A ratio is one of medians over items; in
-brackets, quartiles of the ratios within an item, which a slowing machine disturbs less.
-
-The rivals are `generate` of transformers, for an answer, and the whole method as a competent user
-would write it (`pip install peft`): caches of prompt and tools, candidates in one padded batch,
-num_return_sequences for as many free drafts as ours wrote, one PEFT adapter, merged to answer, a
-loop on whole prompts; with our pairs and steps. Its adapter acts on all tokens, as `full` does.
+`generate` is transformers' own, greedy, and ends as ttsi does: behind a call or by an end token.
+The competent user's TT-SI is the method with PEFT (pip install peft): ttsi's prompts, caches and
+scores; as many free drafts, in one batch; a LoRA, wrapped once and reset for each input. It acts
+on all tokens, so its steps, as many and on ttsi's pairs, and the answer read whole prompts.
 """
 
-import argparse
 import copy
 import dataclasses
 import importlib.util
 import json
-import multiprocessing
-import os
 import resource
-import statistics
 import sys
 import time
-import warnings
-from collections import Counter
-from functools import partial
 from pathlib import Path
-from unittest import mock
+from statistics import median
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from torch.nn.utils.rnn import pad_sequence  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 import ttsi  # noqa: E402
 
-GOALS = [  # a rival, its measure, and what is wanted
-    ("TT-SI, certain", "generate", "at most 1"),
-    ("TT-SI, adapted", "generate", "at most 3"),
-    ("a competent user's TT-SI", "TT-SI, adapted", "at least 3"),
+RIVALS = [  # in a ratio: above, below, and what is wanted
+    ("generate", "generate", ""),
+    ("TT-SI, certain", "generate", ", wanted: at most 1.0"),
+    ("TT-SI, no pair", "generate", ""),
+    ("TT-SI, adapted", "generate", ", wanted: at most 3.0"),
+    ("a competent user's TT-SI", "TT-SI, adapted", ", wanted: at least 3.0"),
 ]
+SIZES = [(5, 2, 4), (10, 2, 4), (40, 2, 4), (5, 1, 4), (5, 4, 4), (5, 2, 1), (5, 2, 16)]
 
 
-# --------------------------------------------------------------------------------- the rivals
-class Ending(transformers.StoppingCriteria):
-    """Ends a text where ours ends."""
-
-    def __init__(self, tok, begin, over):
-        self.tok, self.begin, self.over = tok, begin, over
-
-    def __call__(self, ids, scores, **how):
-        texts = self.tok.batch_decode(ids[:, self.begin :], skip_special_tokens=True)
-        return torch.tensor([bool(self.over(text)) for text in texts], device=ids.device)
-
-
-def called(text):
-    return ttsi.parse(text)[0]
-
-
+# ------------------------------------------------------------------------------------ rivals
 @torch.no_grad()
-def generate(model, tok, cfg, ids, over, **how):
+def generate(model, tok, cfg, ids, **how):
     """transformers' own -> texts."""
+
+    def is_over(rows, scores, **_):
+        texts = tok.batch_decode(rows[:, len(ids) :])
+        return torch.tensor([bool(ttsi.parse(text)[0]) for text in texts], device=rows.device)
+
     rows = torch.tensor([ids], device=model.device)
-    how = {"do_sample": False, "pad_token_id": tok.eos_token_id or 0} | how
-    how |= {"attention_mask": torch.ones_like(rows), "max_new_tokens": cfg.max_new_tokens}
-    out = model.generate(rows, stopping_criteria=[Ending(tok, len(ids), over)], **how)
-    return tok.batch_decode(out[:, len(ids) :], skip_special_tokens=True)
+    how = {"do_sample": False, "max_new_tokens": cfg.max_new_tokens} | how
+    rows = model.generate(rows, stopping_criteria=[is_over], **how)
+    return tok.batch_decode(rows[:, len(ids) :])
 
 
-class Competent:
-    """TT-SI as one writes it with transformers and PEFT."""
+def wrapped(model, cfg):
+    """-> PEFT's model; both share the base parameters, which neither writes."""
+    peft = importlib.import_module("peft")
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    lora = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules="all-linear")
+    return peft.get_peft_model(twin, lora)
 
-    def __init__(self, model, tok, cfg):
-        from peft import LoraConfig, get_peft_model
 
-        self.tok, self.cfg = tok, cfg
-        how = {"r": cfg.lora_rank, "lora_alpha": cfg.lora_alpha, "target_modules": "all-linear"}
-        self.model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **how))
-        self.lora = [p for p in self.model.parameters() if p.requires_grad]
-        self.layers = [m for m in self.model.modules() if hasattr(m, "reset_lora_parameters")]
-        self.base = [m.get_base_layer().weight.detach().clone() for m in self.layers]
-
-    def __call__(self, sample, pairs, drafts):
-        """Answers a sample; `pairs` are trained on, after as many `drafts` were written."""
-        x = ttsi.prepare(self.tok, sample, self.cfg)
-        with self.model.disable_adapter():
-            cache, margin = self.score(x)
-            assert 0 <= margin <= 1
-            cache.crop(x.head - len(x.ids) + 1)  # negative: so many are dropped
-            turns = [*x.system, ttsi.turn("user", ttsi.DRAFT + x.request)]
-            prompt, _ = ttsi.render(self.tok, self.cfg, x.tools, turns)
-            ids = ttsi.to_ids(self.tok, self.cfg, prompt)
-            assert ids[: x.head] == x.ids[: x.head], "another list of tools"
-            rest = torch.tensor([ids[x.head : -1]], device=self.model.device)
-            with torch.no_grad():  # once, for all drafts
-                self.model(input_ids=rest, past_key_values=cache, logits_to_keep=1)
-            cache.batch_repeat_interleave(drafts)
-            how = {"num_return_sequences": drafts, "do_sample": True, "past_key_values": cache}
-            how |= {"temperature": self.cfg.temperature, "top_k": 0, "top_p": 1.0}
-            generate(self.model, self.tok, self.cfg, ids, ttsi.draft_over, **how)
-        self.train([ttsi.pair_span(x, pair) for pair in pairs])
-        self.model.merge_adapter()  # a written token is half as dear
-        answer = generate(self.model, self.tok, self.cfg, x.ids, called)[0]
-        with torch.no_grad():  # to unmerge is inexact in half precision
-            for layer, weight in zip(self.layers, self.base, strict=True):
-                layer.get_base_layer().weight.copy_(weight)
-                layer.merged_adapters.clear()
-        return answer
-
-    @torch.no_grad()
-    def score(self, x):
-        """H -> (the prompt's cache, the margin)."""
-        ids = torch.tensor([x.ids], device=self.model.device)
-        cache = self.model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
-        n, behind = len(x.ids) - 1, copy.deepcopy(cache)
-        rows = pad_sequence([torch.tensor(ids[n:]) for ids, _ in x.candidates], batch_first=True)
-        rows = rows.to(self.model.device)
-        behind.batch_repeat_interleave(len(rows))
-        logits = self.model(input_ids=rows, past_key_values=behind).logits.float().log_softmax(-1)
-        logp = logits[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]
-        inside = torch.tensor([len(ids) - n - 1 for ids, _ in x.candidates], device=rows.device)
-        logp[torch.arange(logp.shape[1], device=rows.device) >= inside[:, None]] = 0  # padding
-        return cache, ttsi.margin(dict(enumerate(logp.sum(1).tolist())))
-
-    def train(self, spans):
-        """T, by PEFT: re-initialised, then steps on whole prompts in one padded batch."""
-        for layer in self.layers:
+def competent(model, tok, cfg, sample, result):
+    """-> (H's margin, the answer); of ttsi's result it takes the pairs, and how many drafts."""
+    drafts = len(result.drafts)
+    x = ttsi.prepare(tok, sample, cfg)
+    with model.disable_adapter():
+        after_tools = ttsi.Prefix(model, x.ids[: x.head])
+        margin = ttsi.margin(ttsi.score(x, ttsi.Prefix(model, x.ids[:-1], after_tools)))
+        ids, _ = ttsi.span(tok, x, ttsi.DRAFT + x.request)
+        how = {"cache": ttsi.Prefix(model, ids[:-1], after_tools).copy(drafts), "do_sample": True}
+        how |= {"temperature": cfg.temperature, "top_k": 0, "top_p": 1.0}
+        generate(model, tok, cfg, ids, num_return_sequences=drafts, **how)
+    for layer in model.modules():
+        if hasattr(layer, "reset_lora_parameters"):
             layer.reset_lora_parameters("default", init_lora_weights=True)
-        ids = pad_sequence([torch.tensor(ids) for ids, _ in spans], batch_first=True)
-        labels = torch.full_like(ids, -100)
-        for row, (whole, begin) in zip(labels, spans, strict=True):
-            row[begin : len(whole)] = torch.tensor(whole[begin:])
-        last = torch.arange(ids.shape[1])[min(begin for _, begin in spans) - 1 :]  # no other logits
-        ids, labels = ids.to(self.model.device), labels[:, last].to(self.model.device)
-        adam = torch.optim.AdamW(self.lora, lr=1e-4)
-        for _ in range(self.cfg.epochs):
-            how = {"labels": labels, "logits_to_keep": last, "use_cache": False}
-            self.model(input_ids=ids, **how).loss.backward()
-            adam.step()
-            adam.zero_grad()
+    adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    spans = [ttsi.span(tok, x, pair["request"], pair["call"]) for pair in result.pairs]
+    for _ in range(cfg.epochs):
+        loss = -ttsi.logprob(spans, ttsi.Prefix(model, [])).mean()
+        loss.backward()
+        adamw.step()
+        adamw.zero_grad()
+    return margin, generate(model, tok, cfg, x.ids)[0]
 
 
-# --------------------------------------------------------------------------------- measurement
-def without_pair(model, tok, sample, cfg, tool):
-    """The dearest way to no pair: all drafts for the last of the tools are refused."""
-    ours = ttsi.judge
+# ------------------------------------------------------------------------------------- costs
+def measure(model, tok, cfg, peft_model, sample, rounds):
+    """-> a row of one item; in each round the rivals take turns."""
+    certain = dataclasses.replace(cfg, tau=0.0)  # cfg itself: always adapt
+    ids = ttsi.prepare(tok, sample, cfg).ids
+    seconds = {}
 
-    def judge(*args):
-        draft = ours(*args)
-        refused = draft["pair"] and draft["pair"]["call"]["name"] == tool
-        return draft | {"verdict": "refused", "pair": None} if refused else draft
+    def timed(name, f, *args):
+        start = time.perf_counter()
+        found = f(*args)  # it ends in text, so no accelerator is still at work
+        seconds.setdefault(name, []).append(round(time.perf_counter() - start, 4))
+        return found
 
-    with mock.patch.object(ttsi, "judge", judge):
-        return ttsi.tt_si(model, tok, sample, cfg)
-
-
-def timed(model, f, *args, **how):
-    """-> (seconds, what f returns)."""
-    start = time.perf_counter()
-    out = f(*args, **how)
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize(model.device)
-    return time.perf_counter() - start, out
-
-
-def measure(args, samples):
-    """Yields {id, seconds by rival, parts, what is told besides} of each item; rivals in turn."""
-    cfg = ttsi.Config(model=args.model, device=args.device, dtype=args.dtype)
-    model, tok = ttsi.load(args.model, cfg)
-    always, peft = dataclasses.replace(cfg, tau=2.0), importlib.util.find_spec("peft")
-    competent = peft and Competent(ttsi.load(args.model, cfg)[0], tok, cfg)
-
-    def ours(sample, **changes):
-        return ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, **changes))
-
-    def direct(x):
-        return ttsi.write(tok, x.ids, ttsi.Prefix(model, x.ids[:-1]), cfg)
-
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    there, here_too = torch.ones(2, size // 2, dtype=torch.uint8, device=model.device)
-    for turn, sample in enumerate(progress := tqdm(samples[:1] + samples)):  # the first warms up
-        x = ttsi.prepare(tok, sample, cfg)
-        result = ttsi.tt_si(model, tok, sample, always)  # seeded: the timed one drafts the same
-        drafts = len(result.drafts)
-        last = sorted(result.logp, key=result.logp.get, reverse=True)[: cfg.k][-1]
-        rivals = {
-            "generate": partial(generate, model, tok, cfg, x.ids, called),
-            "direct": partial(direct, x),
-            "TT-SI, certain": partial(ours, sample, tau=0.0),
-            "TT-SI, no pair": partial(without_pair, model, tok, sample, always, last),
-        }
-        if result.pairs:
-            rivals["TT-SI, adapted"] = partial(ours, sample, tau=2.0)
-            rivals["TT-SI, adapted, full"] = partial(ours, sample, tau=2.0, adapt="full")
-        if competent and result.pairs:
-            rivals["a competent user's TT-SI"] = partial(competent, sample, result.pairs, drafts)
-        names, here, said = [*rivals], {}, {}
-        torch.manual_seed(0)  # of the competent user's drafts
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            progress.set_description(name)
-            here[name], said[name] = timed(model, rivals[name])
-        read, _ = timed(model, ttsi.Prefix, model, x.ids[:-1])
-        copied = min(timed(model, there.copy_, here_too)[0] for _ in range(3))
-        if turn == 0:
-            continue
-        cost = said["TT-SI, adapted"].cost if result.pairs else {}
-        parts = {part: seconds for part, (seconds, _) in cost.items()}
-        written = max(1, len(tok(said["direct"][0], add_special_tokens=False).input_ids))
-        parts["a read token"] = read / (len(x.ids) - 1)
-        parts["a written token"] = (here["direct"] - read) / written
-        parts["the weights, read once"] = copied  # half read, half written
-        told = {"drafts": drafts, "adapted": result.decision == "adapted"}
-        told["kept"] = sum(draft["verdict"] == "kept" for draft in result.drafts)
-        told["same answer"] = said["generate"] == said["direct"]
-        here = {name: here[name] for name in rivals}
-        yield {"id": sample["id"], "seconds": here, "parts": parts, "told": told}
+    for _ in range(rounds):
+        theirs = timed("generate", generate, model, tok, cfg, ids)[0]
+        ours = timed("TT-SI, certain", ttsi.tt_si, model, tok, sample, certain).answer
+        result = timed("TT-SI, adapted", ttsi.tt_si, model, tok, sample, cfg)
+        if result.pairs and peft_model:
+            timed("a competent user's TT-SI", competent, peft_model, tok, cfg, sample, result)
+    if not result.pairs:
+        seconds["TT-SI, no pair"] = seconds.pop("TT-SI, adapted")
+    # Behind an answer without a call, generate's text has the end token, too.
+    same = theirs.startswith(ours)
+    if not same:
+        ttsi.tqdm.write(f"{sample['id']}: generate  {theirs!r}\n{sample['id']}: ttsi      {ours!r}")
+    stages = {stage: round(spent, 4) for stage, (spent, _) in result.cost.items()}
+    return {"id": sample["id"], "seconds": seconds, "stages": stages, "same": same}
 
 
-def over(a, b):
-    """{id: seconds} twice -> (ratio of medians, quartiles of the ratios), of items in both."""
-    both = a.keys() & b.keys()
-    ratios = sorted(a[i] / b[i] for i in both)
-    outer, middle = len(ratios) // 4, statistics.median(ratios)
-    medians = [statistics.median(seconds[i] for i in both) for seconds in (a, b)]
-    return medians[0] / medians[1], ratios[outer], middle, ratios[-1 - outer]
+def table(rows):
+    """-> text, of the rows of one model. A ratio is of items that have both rivals."""
+    lines = [rows[0]["key"], f"{'':26}items  seconds   ratio of medians [quartiles within an item]"]
+    seconds = [{name: median(s) for name, s in row["seconds"].items()} for row in rows]
+    for name, other, wanted in RIVALS:
+        both = [(row[name], row[other]) for row in seconds if name in row]
+        found = "     none" + ": pip install peft" * ("user" in name)
+        if both:
+            above, below = map(median, zip(*both, strict=True))
+            ratios = torch.tensor([a / b for a, b in both])
+            quartiles = [ratios.quantile(part).item() for part in (0.25, 0.5, 0.75)]
+            found = f"{above:9.3f}   {above / below:.2f}"
+            found += " [{:.2f}, {:.2f}, {:.2f}] x ".format(*quartiles) + other + wanted
+        lines.append(f"{name:26}{len(both):5}{found}")
+    adapted = [row["stages"] for row in rows if "train" in row["stages"]]
+    if adapted:
+        parts = [f"{stage} {median(row[stage] for row in adapted):.3f}" for stage in adapted[0]]
+        lines.append(f"seconds of an adapted answer: {', '.join(parts)}")
+    others = [row["id"] for row in rows if not row["same"]]
+    lines.append(f"generate and ttsi answer differently: {', '.join(others) or 'never'}")
+    return "\n".join(lines)
 
 
-def show(ratio):
-    """What `over` returns, as text."""
-    return "{:.2f} [{:.2f}, {:.2f}, {:.2f}]".format(*ratio)
-
-
-def costs(args, samples):
-    """-> (report, lines of text). Rows are kept where --output says so, and gone on with."""
-    there = Path(args.output).read_text() if Path(args.output).is_file() else ""
-    rows = {row["id"]: row for row in map(json.loads, there.splitlines())}
-    missing = [sample for sample in samples if sample["id"] not in rows]
-    for row in measure(args, missing) if missing else ():
-        rows[row["id"]] = row
-        if args.output:
-            ttsi.save(args.output, [ttsi.dumps(row)], "a")
-    spent, parts, totals = {}, {}, Counter()
-    for row in rows.values():
-        totals.update(row["told"])
-        for name, seconds in row["seconds"].items():
-            spent.setdefault(name, {})[row["id"]] = seconds
-        for part, seconds in row["parts"].items():
-            parts.setdefault(part, []).append(seconds)
-    text = [
-        f"{len(rows)} items, {args.dtype}; drafts kept"
-        f" {totals['kept']} of {totals['drafts']}, adapted {totals['adapted']}; `generate` and ours"
-        f" give the same direct answer {totals['same answer']} times",
-        "",
-        "| | items | seconds | x generate |",
-        "|---|---|---|---|",
-    ]
-    for name, seconds in spent.items():
-        ratio = show(over(seconds, spent["generate"]))
-        text.append(
-            f"| {name} | {len(seconds)} | {statistics.median(seconds.values()):.2f} | {ratio} |"
-        )
-    text += ["", "| part of an adapted answer | seconds, mean |", "|---|---|"]
-    units = ("a read token", "a written token", "the weights, read once")
-    for part, seconds in parts.items():
-        if part not in units:
-            text.append(f"| {part} | {statistics.fmean(seconds):.2f} |")
-    for part in units:
-        text.append(f"| {part} | {statistics.median(parts[part]):.4f} (median) |")
-    text += ["", "| ratio | here | wanted |", "|---|---|---|"]
-    goals = []
-    for a, b, wanted in GOALS:
-        if a in spent and spent[a].keys() & spent.get(b, {}).keys():
-            goals.append((a, b, over(spent[a], spent[b]), wanted))
-            text.append(f"| {a} / {b} | {show(goals[-1][2])} | {wanted} |")
-    return {"seconds": spent, "parts": parts, "told": totals, "goals": goals}, text
-
-
-# -------------------------------------------------------------------------------------- growth
-def grown(sample, tools, words, others):
-    """A sample with so many tools, the right one among them, and so many more words asked."""
-    offered = {t["name"]: t for item in [sample, *others] for t in item["tools"]}
-    right = offered.pop(sample["call"]["name"])
-    text = sample["messages"][-1]["content"] + " please" * words
-    messages = [*sample["messages"][:-1], sample["messages"][-1] | {"content": text}]
-    return sample | {"tools": [right, *offered.values()][:tools], "messages": messages}
-
-
-def alone(args, sample, k):
-    """In a process of its own, so that its memory is its own -> (seconds, peak in bytes)."""
-    cfg = ttsi.Config(model=args.model, device=args.device, dtype=args.dtype, tau=2.0, k=k)
-    model, tok = ttsi.load(args.model, cfg)
-    ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, tau=0.0))  # to warm up
-    seconds, result = timed(model, ttsi.tt_si, model, tok, sample, cfg)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if model.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    found = {part: spent for part, (spent, _) in result.cost.items()} | {"all": seconds}
-    return found | {"memory": peak, "drafts": len(result.drafts), "decision": result.decision}
-
-
-def grow(args, samples):
-    """-> (report, lines): one item, with more tools, a longer request, more pairs."""
-    sample, report, stages = samples[0], {}, ("prefill", "score", "generate", "train", "answer")
-    text = [f"| | {' | '.join(stages)} | all, seconds | memory |", "|---" * 8 + "|"]
-    sizes = [(5, 0, 2), (10, 0, 2), (40, 0, 2), (5, 200, 2), (5, 0, 4)][: args.limit]
-    for tools, words, k in sizes:
-        more = grown(sample, tools, words, samples[1:])
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found = pool.apply(alone, (args, more, k))
-        name = f"{len(more['tools'])} tools, {words} words more, K = {k}:"
-        name += f" {found['decision']}, {found['drafts']} drafts"
-        report[name] = found
-        cells = [f"{found.get(stage, 0):.2f}" for stage in (*stages, "all")]
-        text.append(f"| {name} | {' | '.join(cells)} | {found['memory'] / 1e9:.2f} GB |")
-    return report, text
+def grow(model, tok, cfg, samples):
+    """Prints peak memory over many adapted answers, and what one costs by its size."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    for n in range(2 * len(samples) + 1):
+        if n in (0, 1, len(samples), 2 * len(samples)):
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+            print(f"peak memory after {n} answers: {peak:.0f} MB", flush=True)
+        ttsi.tt_si(model, tok, samples[n % len(samples)], cfg)
+    print("\ntools  K  drafts of each  seconds   tokens")
+    offered = {tool["name"]: tool for sample in samples for tool in sample["tools"]}
+    for n, k, drafts in SIZES:
+        sample = samples[0] | {"tools": [*offered.values()][:n]}
+        result = ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, k=k, drafts=drafts))
+        seconds, tokens = map(sum, zip(*result.cost.values(), strict=True))
+        n = len(sample["tools"])
+        print(f"{n:5}{k:3}{drafts:16}{seconds:9.3f}{tokens:9}   {result.decision}", flush=True)
 
 
 def main(argv=None):
-    """The command line -> the report, as a dict."""
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    p.add_argument("what", nargs="?", choices=["costs", "grow"], default="costs")
-    p.add_argument("--model", default=ttsi.Config.model)
-    p.add_argument("--data", default=str(HERE / "dev.jsonl"))
-    p.add_argument("--limit", type=int, default=30, help="items")
-    p.add_argument("--output", default="", help="a row for each item goes here; goes on with it")
-    p.add_argument("--quick", action="store_true", help="--limit 2")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto")
-    args = p.parse_args(argv)
-    args.limit = 2 if args.quick else args.limit
-    warnings.filterwarnings("ignore")  # of PEFT and transformers, about each other
-    transformers.logging.set_verbosity_error()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    samples = list(ttsi.read_jsonl(args.data, ttsi.to_sample).values())[: args.limit]
-    report, text = (grow if args.what == "grow" else costs)(args, samples)
-    print(*text, sep="\n")
-    return report
+    parser = transformers.HfArgumentParser(ttsi.Config, usage=__doc__.split("\n\n")[1])
+    parser.error = lambda text: ttsi.need(False, f"{text}; -h explains every flag")
+    parser.set_defaults(limit=20)
+    parser.add_argument("part", nargs="?", choices=["costs", "grow"], default="costs")
+    parser.add_argument("--kept", action="store_true", help="the table of --output as it is")
+    parser.add_argument("--quick", action="store_true", help="two items, one round")
+    args = vars(parser.parse_args(argv))
+    part, kept, quick = (args.pop(name) for name in ("part", "kept", "quick"))
+    cfg = ttsi.Config(**args | {"tau": 2.0})
+    if kept:
+        with ttsi.advising("--kept: give an --output of this bench"):
+            print(table([*map(json.loads, Path(cfg.output).read_text().splitlines())]))
+        return
+    transformers.logging.disable_progress_bar()
+    limit, rounds = (2, 1) if quick else (cfg.limit or None, 2)
+    data = "demo.jsonl" if cfg.model == ttsi.Config.model else "everyday.jsonl"
+    every = ttsi.read_jsonl(cfg.data or ttsi.DATA / data, ttsi.to_sample)
+    samples = [*every.values()][:limit]
+    model, tok = ttsi.load(cfg.model, cfg)
+    # generate reads no more of it than ttsi does.
+    ends = model.generation_config.eos_token_id or tok.eos_token_id
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends)
+    if part == "grow":
+        return grow(model, tok, cfg, samples)
+    peft_model = wrapped(model, cfg) if importlib.util.find_spec("peft") else None
+    where = f"{model.dtype}, {model.device}, threads: {torch.get_num_threads()}"
+    key = f"{Path(cfg.model).name}, {where}, {ttsi.key_of(cfg, every, {}, [(model, tok)])}"
+    rows = ttsi.whole_rows(Path(cfg.output), key, cut=True) if cfg.output else {}
+    measure(model, tok, cfg, peft_model, samples[0], 1)  # to warm up
+    for sample in ttsi.tqdm([sample for sample in samples if sample["id"] not in rows]):
+        row = {"key": key} | measure(model, tok, cfg, peft_model, sample, rounds)
+        rows[row["id"]] = row
+        if cfg.output:
+            with open(cfg.output, "a") as file:
+                file.write(json.dumps(row) + "\n")
+    print(table([*rows.values()]))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ttsi.InputError as e:
-        sys.exit(f"bench: {e}")
+    except (ttsi.InputError, OSError) as e:
+        sys.exit(f"bench: {' '.join(str(e).split())}")
