@@ -779,7 +779,7 @@ def answer_both(model, tok, sample, cfg, writer):
     return json.loads(json.dumps(row), parse_constant=lambda name: None)
 
 
-def whole_rows(path, key, cut=False):
+def whole_rows(path, key):
     """-> {id: row} of a file's whole lines; a torn last one is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
@@ -788,11 +788,13 @@ def whole_rows(path, key, cut=False):
     ours = all(line.startswith(begin) for line in lines)
     ours = ours and begin.startswith(torn[: len(begin)])
     need(ours, f"{path} has rows of other settings, data or model: take another --output")
-    if torn and cut:
+    if torn:
         time.sleep(1)  # another process may be writing it
         if path.read_bytes().endswith(torn):
             os.truncate(path, sum(len(line) + 1 for line in lines))
-    return {row["id"]: row for row in map(json.loads, lines)}
+        return whole_rows(path, key)
+    with advising(f"{path}: a line is no JSON"):
+        return {row["id"]: row for row in map(json.loads, lines)}
 
 
 def interval(differences, draws=10_000):
@@ -853,7 +855,7 @@ def run(cfg):
     models = [load(name, cfg) for name in (cfg.model, cfg.teacher) if name]
     model, tok = models[0]
     key = key_of(cfg, samples, pairs, models)
-    rows = whole_rows(Path(cfg.output), key, cut=rank == 0) if cfg.output else {}
+    rows = whole_rows(Path(cfg.output), key) if cfg.output else {}
     if rank == 0:
         describe(cfg, path, [samples[i] for i in ids], model, tok)
     try:

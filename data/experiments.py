@@ -59,8 +59,7 @@ def adapted(model, tok, sample, cfg, teacher=None):
 def retrained(model, tok, sample, cfg, pairs):
     """TT-SI with other settings of T, on the pairs of the default."""
     sample = sample | {"pairs": [ttsi.dumps(pair) for pair in pairs]}
-    cfg = dataclasses.replace(cfg, tau=2.0, pairs="those of the default")
-    return ttsi.tt_si(model, tok, sample, cfg)
+    return ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, tau=2.0))
 
 
 def trained_on(model, tok, sample, cfg, spans, adapter=ttsi.temporary_lora):
@@ -146,35 +145,37 @@ def shown(model, tok, sample, cfg, pairs):
     return answered(model, x, ids, cfg, "shown" if pairs else "no pair")
 
 
-def vote(model, tok, sample, cfg, answers):
-    """The call that most of so many sampled answers make."""
-    result, _, texts = sampled(model, tok, sample, cfg, answers)
+def vote(model, tok, sample, cfg, tokens):
+    """The call that most of the answers make that are sampled with so many tokens."""
+    result, _, texts = sampled(model, tok, sample, cfg, tokens)
     calls = [ttsi.parse(text)[0] for text in texts]
     votes = [sum(ttsi.grade(text, call)[1] for text in texts) if call else 0 for call in calls]
     result.answer = texts[votes.index(max(votes))]
     return result
 
 
-def best_of(model, tok, sample, cfg, answers):
-    """The sampled answer to which the model gives the highest probability. It reads them again:
-    so there are half as many."""
-    result, read, texts = sampled(model, tok, sample, cfg, max(answers // 2, 1))
+def best_of(model, tok, sample, cfg, tokens):
+    """The sampled answer to which the model gives the highest probability. It reads each again."""
+    result, read, texts = sampled(model, tok, sample, cfg, tokens // 2)
+    ids = ttsi.prepare(tok, sample, cfg).ids
+    spans = [(ids + ttsi.continuation(tok, text)[0], len(ids)) for text in texts]
     with ttsi.measured(model, result.cost, "answer"), torch.no_grad():
-        ids = ttsi.prepare(tok, sample, cfg).ids
-        spans = [(ids + ttsi.continuation(tok, text)[0], len(ids)) for text in texts]
         logp = [ttsi.logprob([span], read).item() for span in spans]
     result.answer = texts[logp.index(max(logp))]
     return result
 
 
-def sampled(model, tok, sample, cfg, n):
-    """-> (Result without an answer, the Prefix of the prompt, n sampled answers)"""
-    result = ttsi.Result(sample["id"], cost={}, decision="sampled")
-    x = ttsi.prepare(tok, sample, cfg)
+def sampled(model, tok, sample, cfg, tokens):
+    """-> (Result without an answer, the Prefix of the prompt, answers: as many as the tokens
+    allow, four at a time)"""
+    result = ttsi.Result(sample["id"], cost={"answer": [0.0, 0]}, decision="sampled")
+    x, texts = ttsi.prepare(tok, sample, cfg), []
     read = ttsi.Prefix(model, x.ids[:-1])
-    rngs = [ttsi.draw(cfg.seed, x.id, "sampled", i) for i in range(n)]
-    with ttsi.measured(model, result.cost, "answer"):
-        return result, read, ttsi.write(tok, x.ids, read, cfg, [("",)] * n, rngs)
+    while not texts or result.cost["answer"][1] < tokens:
+        rngs = [ttsi.draw(cfg.seed, x.id, "sampled", len(texts) + n) for n in range(4)]
+        with ttsi.measured(model, result.cost, "answer"):
+            texts += ttsi.write(tok, x.ids, read, cfg, [("",)] * 4, rngs)
+    return result, read, texts
 
 
 def fine_tuned(model, tok, sample, cfg, tuned):
@@ -240,11 +241,10 @@ def other_of(lab, seed, i):
     raise ttsi.InputError(f"{i}: no other sample has pairs; give a higher --limit")
 
 
-def answers_of(lab, seed, i):
-    """-> how many direct answers take the tokens of G and T."""
+def tokens_of(lab, seed, i):
+    """-> how many tokens TT-SI has for G, for T and for its answer."""
     cost = lab.rows("default", seed)[i]["cost"]
-    spent = sum(cost[stage][1] for stage in ("generate", "train") if stage in cost)
-    return max(round(spent / lab.rows("direct", seed)[i]["cost"]["answer"][1]), 1)
+    return sum(tokens for stage, (_, tokens) in cost.items() if stage not in ("read", "score"))
 
 
 def label_of(lab, seed, i):
@@ -303,8 +303,8 @@ METHODS = {
     "nearest": Method("nearest pair's tool, no training", nearest_tool, needs=pairs_of),
     "icl": Method("pairs in the prompt (TT-ICL)", shown, needs=pairs_of),
     "bias": Method("a bias vector for the LoRA", biased, needs=pairs_of),
-    "vote": Method("vote, at TT-SI's tokens", vote, "--temperature 1", needs=answers_of),
-    "best": Method("best of N, at TT-SI's tokens", best_of, "--temperature 1", needs=answers_of),
+    "vote": Method("vote, at TT-SI's tokens", vote, "--temperature 1", needs=tokens_of),
+    "best": Method("best of N, at TT-SI's tokens", best_of, "--temperature 1", needs=tokens_of),
     "teacher": Method("a teacher's pairs (TT-D)", adapted, needs=teacher_of),
     "neighbours": Method("3 nearest labelled (TTT-NN)", neighbours, needs=pool_of),
     "sft": Method(f"SFT on {LABELS} labels", fine_tuned, "--adapt full", "all", tuned_of),
@@ -393,9 +393,11 @@ class Lab:
         if (name, seed) not in self.known:
             path = self.path(name, seed)
             head, rows = read_rows(path)
+            same = not head or self.args.kept or head == self.head(name, seed)
+            ttsi.need(same, f"{path}*: of other settings, data or weights; remove, or give --rows")
             chosen = self.chosen(name, seed)
             missing = [i for i in chosen if i not in rows]
-            if self.args.kept and (missing or not rows):
+            if self.args.kept and (missing or not chosen and name == "direct"):
                 return None
             if missing:
                 rows = self.make(name, seed, path, missing)
@@ -440,7 +442,7 @@ class Lab:
         needs, args = method_of(name).needs, self.args
         more = {pool_of: args.pool, tuned_of: args.pool, teacher_of: weights(args.teacher)}
         files = [self.data, *weights(args.model), *more.get(needs, [])]
-        flags = vars(self.config(name, seed)) | {"device": ""}
+        flags = vars(self.config(name, seed)) | {"model": "", "device": ""}
         return {"rows of": name, "flags": flags, "files": [*map(digest, files)]}
 
     def make(self, name, seed, path, missing):
@@ -479,12 +481,11 @@ class Lab:
         names = sorted(tool["name"] for tool in sample["tools"])
         row["tools"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
         row["offered"] = len(names)
-        # A number that is none is null.
-        how = {
-            "parse_float": lambda text: round(float(text), 5),
-            "parse_constant": lambda text: None,
-        }
-        return json.loads(json.dumps(row), **how)
+        # Numbers are rounded; one that is none is null.
+        text = json.dumps(row)
+        return json.loads(
+            text, parse_float=lambda x: round(float(x), 5), parse_constant=lambda x: None
+        )
 
 
 def unlabelled(sample):
@@ -527,11 +528,9 @@ def begin(path, head):
     """Makes a file ready for rows: a torn last line is cut off, and a head stands first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    old, _ = read_rows(path)
-    ours = old in (None, json.loads(json.dumps(head)))
-    ttsi.need(ours, f"{path}: rows of other settings, data or weights; remove it, or give --rows")
-    if not path.stat().st_size:
+    whole = path.read_bytes().rfind(b"\n") + 1
+    os.truncate(path, whole)
+    if not whole:
         append(path, head)
 
 
@@ -565,33 +564,14 @@ def run_of(lab, names, seed):
 
 
 def places_of(labs, names):
-    """-> {place: {seed: run}}; a place may have several files."""
+    """-> {place: {seed: run}}; a place may have several files, and counts if all have rows."""
     places = {}
-    for lab in labs:
-        for seed in lab.args.seeds:
-            run = run_of(lab, names, seed)
-            if run:
-                runs = places.setdefault(lab.place, {})
-                runs[seed] = runs.get(seed, []) + run
+    for place in dict.fromkeys(lab.place for lab in labs):
+        for seed in labs[0].args.seeds:
+            runs = [run_of(lab, names, seed) for lab in labs if lab.place == place]
+            if None not in runs:
+                places.setdefault(place, {})[seed] = sum(runs, [])
     return places
-
-
-def with_several_tools(places):
-    """-> the same without the items that offer one tool; {} where there are none of these."""
-    found = {}
-    for place, runs in places.items():
-        several = {s: [pair for pair in run if pair[0]["offered"] > 1] for s, run in runs.items()}
-        found[place] = several
-    return found if found != places else {}
-
-
-def against(ours, theirs):
-    """-> runs whose first row is theirs and the second ours, of the seeds that both have."""
-    runs = []
-    for seed in ours.keys() & theirs.keys():
-        mine = {row["id"]: row for _, row in ours[seed]}
-        runs.append([(row, mine[row["id"]]) for _, row in theirs[seed]])
-    return runs
 
 
 def results_of(group, args):
@@ -605,7 +585,7 @@ def results_of(group, args):
             label = ALL if line == ALL else method_of(line).label
             if {*names} <= {*args.methods} or not args.methods:
                 found[table][label] = places_of(labs, names)
-    several = with_several_tools(found.get("real", {}).get("TT-SI", {}))
+    several = figures.several_tools(found.get("real", {}).get("TT-SI", {}))
     if several:
         found["real"]["TT-SI, two tools and more"] = several
     return found
@@ -616,7 +596,7 @@ def table_of(lines, ours, scored):
     table = []
     for label, places in lines.items():
         for place, runs in places.items():
-            both = [] if label.startswith("TT-SI") else against(ours.get(place, {}), runs)
+            both = [] if label.startswith("TT-SI") else figures.against(ours.get(place, {}), runs)
             table.append(figures.cells(label, place, [*runs.values()], both, scored))
         if len(places) > 1:
             mean = figures.difference([[*runs.values()] for runs in places.values()])
@@ -633,9 +613,11 @@ def publish(name, text, page):
     page.write_text(new, encoding="utf-8")
 
 
-def draw(lines, name, folder):
-    """NAME.svg, the differences of all lines by place; NAME-tau.svg, where all were adapted."""
-    forest, curves = [], {}
+def draw(found, name, folder):
+    """Of the tables of a group NAME.svg, the differences of all lines, and NAME-tau.svg, where all
+    were adapted -> markdown that shows them."""
+    lines = {label: places for table in found.values() for label, places in table.items()}
+    forest, curves, shown = [], {}, ""
     for place in dict.fromkeys(place for places in lines.values() for place in places):
         forest.append((place,))
         for label, places in lines.items():
@@ -646,8 +628,11 @@ def draw(lines, name, folder):
                 curves[place] = figures.gain_by_tau(runs)
     if forest:
         figures.forest(forest, folder / f"{name}.svg")
+        shown += f"![differences with their intervals]({name}.svg)\n\n"
     if curves:
         figures.tau_curves(curves, folder / f"{name}-tau.svg")
+        shown += f"![the gain over tau]({name}-tau.svg)\n\n"
+    return shown
 
 
 # ------------------------------------------------------------------------------------ running
@@ -682,19 +667,23 @@ def parse_arguments(argv):
     p.add_argument("--pool", nargs="*", default=[], help="other labelled files, for SFT and TTT-NN")
     p.add_argument("--teacher", default=str(HERE / "teacher"), help="who writes the pairs of TT-D")
     p.add_argument("--flags", default="", help='of ttsi.py, as in --flags="--dtype bfloat16"')
-    p.add_argument("--seeds", nargs="*", type=int, default=[0])
+    p.add_argument("--seeds", nargs="*", type=int, default=[], help="none: 0; with --kept: all")
     p.add_argument("--limit", type=int, default=0, help="so many items of a file, by a hash")
-    p.add_argument(
-        "--kept", action="store_true", help="of kept rows; alone: writes tables, figures"
-    )
+    p.add_argument("--kept", action="store_true", help="of kept rows; alone: writes the page")
     p.add_argument("--quick", action="store_true", help="two samples of each; keeps nothing")
     p.add_argument("--rows", default=str(RESULTS / "rows"), help="where rows are kept")
-    p.add_argument("--texts", default=str(HERE.parent / "runs" / "texts"), help="and their texts")
+    p.add_argument("--texts", default=str(TEXTS), help="where those of benchmarks have their texts")
     args = p.parse_args(argv)
+    args.seeds = args.seeds or [*range(10 if args.kept else 1)]
     known = {*METHODS, *CELLS}
     ttsi.need(args.group in (None, *GROUPS), f"no group {args.group}: {', '.join(GROUPS)}")
     ttsi.need(known >= {*args.methods}, f"no method {args.methods}: {', '.join(known)}")
     ttsi.need(args.group or args.kept or args.quick, "give a group, --kept or --quick")
+    labels = args.group == "real" and {*(args.methods or CONTROLS)} & {"sft", "neighbours"}
+    enough = args.pool or args.kept or args.quick or not labels
+    ttsi.need(enough, "real: give --pool FILE ..., or name the methods, without sft and neighbours")
+    is_folder = not args.model or args.kept or Path(args.model).is_dir()
+    ttsi.need(is_folder, f"--model {args.model}: no folder; save_pretrained makes one")
     return args
 
 
@@ -704,7 +693,7 @@ def main(argv, results=RESULTS):
     transformers.logging.disable_progress_bar()
     args = parse_arguments(argv)
     if args.quick:
-        args.rows = args.texts = tempfile.mkdtemp()
+        args.rows, args.texts = tempfile.mkdtemp(), tempfile.mkdtemp()
         results, args.limit, args.seeds = Path(args.rows), 2, [0]
         args.data = args.data or [HERE / "dev.jsonl"]
         args.pool = args.pool or [HERE / "demo.jsonl"]
@@ -712,20 +701,23 @@ def main(argv, results=RESULTS):
         for model in models_of(group, args):
             now = argparse.Namespace(**vars(args) | {"model": model})
             found = results_of(group, now)
-            ours = found.get("real", found.get("own", {})).get("TT-SI", {})
-            name = "own" if group == "own" else f"{group}-{Path(model).name}"
+            ours = next(iter(found.values())).get("TT-SI", {})
+            name = group if group == "own" else f"{group}-{Path(model).name}"
+            is_drawn = group != "choice" and (argv == ["--kept"] or args.quick)
+            pictures = draw(found, name, results) if is_drawn else ""
             for table, lines in found.items():
-                text = table_of(lines, ours, group == "real")
                 title = table if group == "own" else f"{table} {Path(model).name}"
+                text = table_of(lines, ours, group == "real")
                 print(f"\n{title}\n\n{text}", flush=True)
                 if argv == ["--kept"]:
-                    publish(title, text, results / "README.md")
-            if argv == ["--kept"] or args.quick:
-                draw({k: v for lines in found.values() for k, v in lines.items()}, name, results)
+                    publish(title, pictures + text, results / "README.md")
+                pictures = ""  # they stand once, over the first table
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ttsi.InputError, OSError) as e:
         sys.exit(f"experiments: {e}")

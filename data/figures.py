@@ -97,6 +97,23 @@ def gain_by_tau(runs):
 
 
 # ------------------------------------------------------------------------------------- tables
+def several_tools(places):
+    """{place: {seed: run}} -> without the items that offer one tool; {} where there are none."""
+    found = {}
+    for place, runs in places.items():
+        found[place] = {s: [pair for pair in r if pair[0]["offered"] > 1] for s, r in runs.items()}
+    return found if found != places else {}
+
+
+def against(ours, theirs):
+    """{seed: run} of two methods -> runs, from theirs to ours, of the seeds that both have."""
+    runs = []
+    for seed in ours.keys() & theirs.keys():
+        mine = {row["id"]: row for _, row in ours[seed]}
+        runs.append([(row, mine[row["id"]]) for _, row in theirs[seed] if row["id"] in mine])
+    return runs
+
+
 def as_text(points, low, high):
     return f"{points:+.1f} [{low:+.1f}, {high:+.1f}]"
 
@@ -147,6 +164,7 @@ LINES = ("#2b8cd8", "#e08a1e", "#2fa26b", "#b06fd0", "#e0523f", "#8a8a8a")
 WIDTH = 390 / 72  # inches: the unit of an SVG is a 72nd of one
 STYLE = {
     "svg.hashsalt": "ttsi",  # or ids differ from run to run
+    "svg.fonttype": "none",  # text stays text
     "font.size": 13,
     "text.color": NEITHER,
     "axes.labelcolor": NEITHER,
@@ -159,8 +177,8 @@ STYLE = {
 
 
 def save(figure, path):
-    """Writes an SVG, and nothing of when it was made."""
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    """Writes an SVG, and nothing of when and with what it was made."""
+    figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
     plt.close(figure)
 
 
@@ -177,7 +195,7 @@ def forest(lines, path):
     axes.set_ylim(len(lines), 0)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.axvline(0, color=NEITHER, linewidth=1)
+    axes.axvline(0, color=NEITHER, linewidth=1, alpha=0.5)
     axes.set_xlabel("points of right calls over direct answers")
     edges = axes.get_yaxis_transform()  # text begins at the left edge and ends at the right one
     for at, (label, *numbers) in enumerate(lines):
@@ -206,6 +224,7 @@ def tau_curves(curves, path):
     axes.axhline(0, color=NEITHER, linewidth=1)
     axes.axvline(place(ttsi.Config.tau), color=NEITHER, linewidth=1, linestyle=":")
     for colour, (label, points) in zip(LINES, curves.items(), strict=False):
+        points = [*points, (1.0, *points[-1][1:])]  # up to the edge
         x = [place(tau) for tau, _, _ in points]
         below = [gain for _, gain, _ in points]
         above = [gain for _, _, gain in points]
@@ -213,10 +232,11 @@ def tau_curves(curves, path):
         axes.step(x, above, where="post", color=colour, linewidth=1.5, linestyle="--")
     ticks = (0, 0.5, 0.9, 0.99, 0.999, 0.9999)
     axes.set_xticks([place(tau) for tau in ticks], [f"{tau:g}" for tau in ticks])
+    axes.set_xlim(0, place(1.0))
     axes.set_xlabel(f"tau (dotted: the default, {ttsi.Config.tau})")
     axes.set_ylabel("gain, points of right calls")
     legend = figure.legend(loc="upper left", frameon=False, ncols=2)
     legend.set_title("adapted below tau; dashed: the others")
     top = 0.87 - 0.05 * math.ceil(len(curves) / 2)
-    figure.subplots_adjust(left=0.15, right=0.96, bottom=0.13, top=top)
+    figure.subplots_adjust(left=0.15, right=0.92, bottom=0.13, top=top)
     save(figure, path)
