@@ -86,14 +86,15 @@ REFUSED = [("longrope", "Llama", {"rope_parameters": {"rope_type": "longrope"} |
 REFUSED += [("dynamic", "Llama", {"rope_parameters": {"rope_type": "dynamic"} | ROPE})]
 REFUSED += [("embedding", "Llama", {"vocab_size": 1250}), ("cache", "FalconH1", FALCON)]
 REFUSED += [("cache", "Mamba", {}), ("cache", "Rwkv", {"attention_hidden_size": 32})]
-FEW = ("Llama", "Qwen2", "Qwen3", "Gemma3Text")
+FEW = ("Llama", "Qwen2", "Gemma3Text")
 LONG = [kind for kind in KINDS if kind in FEW or SLOW]
 TOKENIZERS = ["embedded", "bytes", "sentencepiece", *(REAL := ["qwen3", "llama3_1", "gemma3"])]
 CALLS = "{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}"
 SHOWN = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
 SHOWN += "{% if m.role == 'assistant' %}Answer:{% endif %}{{ m.content }}" + CALLS
 SHOWN += "{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
-DATED = "{{ '' if enable_thinking is defined else '<think>' }}[{{ strftime_now('%d %B %Y') }}]"
+DATED = "{{ '' if enable_thinking is defined else '<think>' }}"
+DATED += "[{{ date_string + strftime_now('%B') }}]Answer:"
 
 
 def small(tok, kind="Llama", **more):
@@ -126,7 +127,7 @@ def tokenizer(name):
         meta, template = pre_tokenizers.Metaspace(split=False), SHOWN.replace("tools or", "")
         return bpe(meta, decoders.Metaspace(), [":{", '"_', '",', "}}"], template)
     if name == "dated":
-        return templated(tokenizer("embedded"), SHOWN.replace("Answer:", f"{DATED}Answer:"))
+        return templated(tokenizer("embedded"), SHOWN.replace("Answer:", DATED))
     folder = HERE.parent / "shared/tokenizers" / name if name in REAL else HERE / "data/model"
     if not folder.exists():
         pytest.skip("no real tokenizers beside this checkout")
@@ -332,9 +333,9 @@ def test_every_draft_is_what_writing_it_alone_gives(model, room, given):
         rows = [ttsi.outline(*schemas[n % 2], given, r) for n, r in zip(numbers, rngs, strict=True)]
         return ttsi.write(TOK, ids, prefix, cfg, rows, rngs)
 
-    together = write(ttsi.Prefix(model, ids[:-1], tools), *range(4))
-    assert together == [write(nothing, n)[0] for n in range(4)], "a draft sees its neighbours"
-    assert len({*together}) > 2, "all are drawn alike"
+    together = write(ttsi.Prefix(model, ids[:-1], tools), *range(3))
+    assert together == [write(nothing, n)[0] for n in range(3)], "a draft sees its neighbours"
+    assert len({*together}) == 3, "all are drawn alike"
 
 
 class Scripted:
@@ -530,7 +531,7 @@ def test_the_default_rate_fits_inputs_ten_times_as_large_and_the_embedded_model(
     one, ten = (ttsi.tt_si(model, TOK, A, ALWAYS).loss for model in (LLAMA, large))
     assert one[0] - one[1] > 0.1, "nothing is learned"
     assert one == pytest.approx(ten, rel=1e-3), "the step depends on the inputs' size"
-    n, cfg = 20 if SLOW else 3, replace(ALWAYS, epochs=5, lr=ttsi.Config.lr, max_new_tokens=1)
+    n, cfg = 20 if SLOW else 2, replace(ALWAYS, epochs=5, lr=ttsi.Config.lr, max_new_tokens=1)
     for sample, one, two in zip(DEMO[:n], DEMO[1:], DEMO[2:], strict=False):
         pairs = [{"request": s["messages"][0]["content"], "call": s["call"]} for s in (one, two)]
         tools = {t["name"]: t for s in (sample, one, two) for t in s["tools"]}.values()
@@ -559,13 +560,13 @@ def rows_of(model, tok, samples, cfg):
 # Guards: anything in which Algorithm 1 at speed is not Algorithm 1, one sample adapted, one not.
 @pytest.mark.parametrize("sample", DEMO[: 8 if SLOW else 2], ids=lambda sample: sample["id"])
 def test_a_naive_serial_loop_gives_the_same(sample):
-    cfg = ttsi.Config(drafts=2, epochs=2, max_new_tokens=64, seed=3)
+    cfg = ttsi.Config(drafts=1 + SLOW, epochs=2, max_new_tokens=64, seed=3)
     got, (x, nothing, *_) = agrees(MODEL, TOK, sample, cfg), begin(MODEL, TOK, sample, cfg)
     p = dict(zip(x.schemas, naive_p(MODEL, TOK, x, sample["messages"]), strict=True))
     first, second = sorted(p, key=p.get)[:-3:-1]
     assert got.margin == pytest.approx(p[first] - p[second], abs=1e-4)
     ids, drafts = TOK(prompt(TOK, x, user(ttsi.DRAFT + x.request))).input_ids, []
-    for name, n in itertools.product((first, second), range(2 * (p[first] - p[second] < 0.95))):
+    for name, n in itertools.product((first, second), range(cfg.drafts * (got.margin < 0.95))):
         rng = ttsi.draw(3, x.id, name, n)
         row = ttsi.outline(name, x.schemas[name], "keys", rng)
         (text,) = ttsi.write(TOK, ids, nothing, cfg, [row], [rng])
@@ -580,28 +581,27 @@ def test_the_label_is_in_no_prompt_and_changes_no_prediction():
     cfg, layer = ttsi.Config(drafts=1, epochs=2), MODEL.get_input_embeddings()
     leak, seen, found = {"name": "Zyxwv", "arguments": {"q": "Zyxwv"}}, [], []
     spy = layer.register_forward_pre_hook(lambda _, ids: seen.extend(ids[0].flatten().tolist()))
-    for label in ({}, {"call": leak, "label": leak}, {"call": DEMO[0]["call"]}):
+    for label in ({"call": leak, "label": leak}, {}):
         samples = [{k: v for k, v in s.items() if k != "call"} | label for s in DEMO[:2]]
         found.append([asdict(ttsi.tt_si(MODEL, TOK, s, cfg)) | {"cost": 0} for s in samples])
     spy.remove()
     assert "Zyxwv" not in TOK.decode(seen) and DEMO[0]["messages"][0]["content"] in TOK.decode(seen)
-    assert found[0] == found[1] == found[2], "a label is read"
+    assert found[0] == found[1], "a label is read"
     assert [result["decision"] for result in found[0]] == ["adapted", "certain"]
 
 
 # Guards: base weights or a gradient mode that are not restored, something of a sample that stays.
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_nothing_is_left_of_a_run_or_of_an_exception_in_training(error):
+def test_nothing_is_left_of_a_run_or_of_an_exception_in_training():
     model, count = small(TOK, attention_dropout=0.5), itertools.count()
     before, first = digest(model), rows_of(model, TOK, [A, B, C], ALWAYS)
     assert digest(model) == before, "not reset after a run"
 
     def fail(*_):
         if torch.is_grad_enabled() and next(count) == 1:  # in the second step
-            raise error
+            raise KeyboardInterrupt
 
     handle = model.lm_head.register_forward_hook(fail)
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         ttsi.tt_si(model, TOK, A, ALWAYS)
     handle.remove()
     assert digest(model) == before and torch.is_grad_enabled(), "not reset after an exception"
@@ -628,15 +628,14 @@ def test_decisions():
 
 
 # Guards: a teacher that reads the student's cache, or with the student's tokenizer.
-@pytest.mark.parametrize("name", ["embedded", "bytes"])
-def test_a_teacher_writes_what_it_would_write_for_itself(name):
-    tok, before = tokenizer(name), digest(MODEL)
-    cfg = replace(ttsi.Config(), tau=2.0, drafts=2, epochs=2, max_new_tokens=64)
+def test_a_teacher_writes_what_it_would_write_for_itself():
+    before, cfg = digest(MODEL), ttsi.Config(tau=2.0, drafts=2, epochs=2, max_new_tokens=64)
     only = DEMO[0] | {"tools": DEMO[0]["tools"][:2]}  # both are likely, whoever scores
     own = ttsi.tt_si(MODEL, TOK, only, cfg)
-    taught = ttsi.tt_si(small(tok), tok, only, cfg, (MODEL, TOK))
-    texts, own_texts = (sorted(draft["text"] for draft in r.drafts) for r in (taught, own))
-    assert texts == own_texts and taught.logp != own.logp
+    for tok in TOK, tokenizer("bytes"):
+        taught = ttsi.tt_si(small(tok), tok, only, cfg, (MODEL, TOK))
+        texts, own_texts = (sorted(draft["text"] for draft in r.drafts) for r in (taught, own))
+        assert texts == own_texts and taught.logp != own.logp
     assert digest(MODEL) == before and taught.decision == own.decision == "adapted"
 
 
@@ -670,7 +669,7 @@ def test_prompts_of_all_templates(name):
         assert ids[: x.head] == x.ids[: x.head] and "book_flight" in head, "tools come first"
         assert start.count("book Oslo") == 1 and ttsi.parse(rest)[0] == BOOK["call"]
         assert (ttsi.TASK in start) != native and "<think>[" not in start
-        assert name != "dated" or "[01 January 2026]" in start, "it tells the day"
+        assert name != "dated" or "[01 January 202601 January 2026]" in start, "it tells the day"
         assert ("pending" in tok.decode(x.ids)) == (len(messages) > 1), "a result is not shown"
         if native and name != "dated":
             want, first = joined(tok, x, user("book Oslo"), BOOK["call"])
@@ -750,9 +749,9 @@ def test_grade():
 
 
 # ------------------------------------------------------------------------------------- running
-SHORT = ["--limit", "3", "--drafts", "1", "--epochs", "2", "--max-new-tokens", "56", "--output"]
+SHORT = ["--limit", "2", "--drafts", "1", "--epochs", "2", "--max-new-tokens", "56", "--output"]
 HEED = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-FILL = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (5000, 5000))
+FILL = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (3000, 3000))
 BAD = [("--k", "0"), ("--optimizer", "x"), ("--nonsense", "1"), ("--tau", "x"), ("--drafts", "0")]
 BAD += [(f"--{f}", "/no/such") for f in ("data", "model", "teacher", "device", "pairs", "trace")]
 
@@ -773,6 +772,7 @@ def start(folder, *argv, env=(), first=int):
         for name, fd in (("out", 1), ("err", 2)):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        torch.set_num_threads(1)  # before loading threads race for what torch lost by the fork
         sys.argv, _ = ["ttsi.py", *map(str, argv)], os.environ.update(env)
         first()
         runpy.run_path(f"{HERE}/ttsi.py", run_name="__main__")
@@ -818,15 +818,15 @@ def test_output_resumes_after_any_cut_and_refuses_other_settings(tmp_path):
     path = tmp_path / "new" / "run.jsonl"
     rows, text = quiet(*SHORT, path)
     whole, raw = timeless(path), path.read_bytes()
-    assert [*whole] == [*rows] == [s["id"] for s in DEMO[:3]], "not each, in order"
+    assert [*whole] == [*rows] == [s["id"] for s in DEMO[:2]], "not each, in order"
     ends = [i + 1 for i, byte in enumerate(raw) if byte == 10]
-    for cut, kept in ((ends[1] - 1, 1), (ends[1] + 40, 2), (ends[2], 3)):
+    for cut, kept in ((ends[0] + 40, ends[0]), (ends[1], ends[1])):
         path.write_bytes(raw[:cut])
         _, again = quiet(*SHORT, path)
         assert timeless(path) == whole, f"cut at {cut}: other rows than an uninterrupted run"
-        assert path.read_bytes()[: ends[kept - 1]] == raw[: ends[kept - 1]], "rows are made again"
+        assert path.read_bytes()[:kept] == raw[:kept], "whole rows are made again"
     assert again == text, "the table is not of all rows"
-    assert len(quiet(*SHORT, path, "--limit", 4)[0]) == 4, "--limit is no setting"
+    assert len(quiet(*SHORT, path, "--limit", 3)[0]) == 3, "--limit is no setting"
     for flags in (["--tau", 0.5], ["--seed", 1], ["--data", HERE / "data/dev.jsonl"]):
         with pytest.raises(ttsi.InputError, match=f"{path} has rows of other settings"):
             quiet(*SHORT, path, *flags)
@@ -841,13 +841,13 @@ def test_killed_at_random_moments_a_run_goes_on(tmp_path):
     path.unlink()
     while kills < (50 if SLOW else 2):
         child = start(tmp_path, *SHORT, path)
-        child.join(seconds * (0.2 + torch.rand(()).item()))
+        child.join(seconds * (0.2 + 0.7 * torch.rand(()).item()))
         child.kill()
         child.join()
         kills += child.exitcode == -signal.SIGKILL
         if child.exitcode == 0 or kills == (50 if SLOW else 2):
             quiet(*SHORT, path)
-            assert timeless(path) == whole and len(whole) == 3, "not as without a kill"
+            assert timeless(path) == whole and len(whole) == 2, "not as without a kill"
             path.unlink()
 
 
@@ -859,16 +859,16 @@ def test_two_processes_share_one_file(tmp_path):
     (first, out, _), (second, more, _) = map(ended, ranks, folders)
     assert first == second == 0 and "right call" in out + more, "no table, or an error"
     quiet(*SHORT, one, *flags)
-    assert timeless(path) == timeless(one) and len(path.read_text().splitlines()) == 3
+    assert timeless(path) == timeless(one) and len(path.read_text().splitlines()) == 2
 
 
 # Guards: a traceback, a lost table or lost rows where a run is interrupted or the disk is full.
 @pytest.mark.parametrize("first,code", [(HEED, 130), (FILL, 2)])
 def test_what_ends_a_run_early_leaves_its_rows_and_the_table(tmp_path, first, code):
     path = tmp_path / "run.jsonl"
-    child = start(tmp_path, "--drafts", 1, "--output", path, first=first)
-    while code == 130 and child.is_alive() and not (path.exists() and path.read_bytes()):
-        time.sleep(0.05)
+    child = start(tmp_path, *SHORT, path, "--limit", 99, first=first)
+    while code == 130 and not (path.exists() and path.read_bytes()):
+        assert not child.join(0.05) and child.is_alive(), (tmp_path / "err").read_text()
     os.kill(child.pid, signal.SIGINT if code == 130 else 0)
     got, out, err = ended(child, tmp_path)
     assert got == code and "Traceback" not in err and "right call" in out, err
@@ -970,7 +970,7 @@ def test_the_file_itself():
 def test_readme(capsys, monkeypatch):
     monkeypatch.chdir(HERE)
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(re.sub(r"\[:\d+\]", "[:1]", example), "README.md", "exec"), {})
     assert "adapted" in capsys.readouterr().out, "the example says nothing"
     for sample in re.findall(r"```json\n(.*?)```", README, re.S):
         assert ttsi.to_sample({"id": "1"} | json.loads(sample))["call"]
@@ -992,7 +992,7 @@ def test_forks(tmp_path, name):
     path.write_text(source)
     fork = SimpleNamespace(**runpy.run_path(str(path)))
     for sample in DEMO[1::-1]:
-        how = {"tau": 2.0, "epochs": 2, "drafts": 1}
+        how = {"tau": 2.0, "epochs": 2, "drafts": 1, "max_new_tokens": 64}
         got = fork.tt_si(MODEL, TOK, sample, fork.Config(**how))
         assert got.answer and 0 <= got.margin <= 1 and digest(MODEL)[0] == 0
     was = ttsi.tt_si(MODEL, TOK, sample, ttsi.Config(**how))

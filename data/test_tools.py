@@ -24,6 +24,8 @@ import world  # noqa: E402
 
 import ttsi  # noqa: E402
 
+torch.set_num_threads(1)  # for models as small as these more would wait for one another
+
 
 def read(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
