@@ -73,22 +73,22 @@ class Config:  # every field is a flag; [paper]: stated there or reported; [ours
     optimizer: Literal["polyak", "adamw"] = field("polyak", "see `train` [ours]")
     lr: float = field(0.7, "of a step: see `train` [ours; paper: 1e-4]")
     epochs: int = field(5, "steps, each on all k pairs [paper: 5, k = 1]")
-    adapt: Literal["suffix", "full"] = field(
-        "suffix", "LoRA behind the tools [ours], or everywhere"
-    )
+    adapt: Literal["suffix", "full"] = field("suffix", "LoRA behind the tools [ours], or all over")
 
 
 # ------------------------------------------------------------------ Algorithm 1
 @dataclasses.dataclass
 class Result:  # what Algorithm 1 did with one input, as --trace tells it
     id: str
+    direct: str = field("", "what the base writes")
+    flaw: str = field("", "what label-free checks say of that; if anything: uncertain")
     logp: dict = field(None, "H: l_n of each tool, nats, but for tokens that all share")
     margin: float = field(None, "H: u = p(1) - p(2), from 0 to 1; uncertain below tau")
     drafts: list = field((), "G: all that were written, with what the checks say")
     pairs: list = field((), "G: those to train on")
     loss: list = field(None, "T: before each step, in nats per token of the calls")
     decision: str = field("", "adapted, or why the base answers, or why nothing does")
-    answer: str = field("", "the text that the model wrote")
+    answer: str = field("", "what it writes in the end")
     cost: dict = field(None, "of each stage: seconds, and tokens read")
 
 
@@ -96,28 +96,28 @@ def tt_si(model, tok, sample, cfg, writer=None):
     """Algorithm 1 for one input -> Result. A teacher (model, tok) may be the writer."""
     result = Result(sample["id"], cost={})
     stage = functools.partial(measured, model, result.cost)
-    writer = writer or (model, tok)
     model.eval()  # it may come in training mode
 
     with stage("read"):
         x = prepare(tok, sample, cfg)
         after_tools = Prefix(model, x.ids[: x.head])
         after_prompt = Prefix(model, x.ids[:-1], after_tools)
-    with stage("score"):  # H: l_n = log P(a_n | x)
+    with stage("direct"):
+        result.direct = result.answer = write(tok, x.ids, after_prompt, cfg)[0]
+        x.call = parse(result.direct) or {"name": "", "arguments": {}}
+        result.flaw = flaw(x.call, x.request, x)
+    with stage("score"):  # H: l_n = log P(a_n | x), u = p(1) - p(2)
         result.logp = score(x, after_prompt)
-    result.margin = margin(result.logp)  # u = p(1) - p(2)
+        result.margin = margin(result.logp)
 
-    uncertain = result.margin < cfg.tau  # not so if the margin is no number
-    if uncertain:
-        likeliest = sorted(result.logp, key=result.logp.get, reverse=True)[: cfg.k]
+    tools = doubtful(result, x, cfg)
+    if tools:
         # G: (x', y') ~ P( . | x). There are none where the prompt exceeds the context.
         with stage("generate"), suppress(InputError):
-            result.drafts = generate(*writer, x, after_tools, likeliest, cfg)
-            result.pairs = choose(result.drafts, likeliest, cfg)
+            result.drafts = generate(*(writer or (model, tok)), x, after_tools, tools, cfg)
+            result.pairs = choose(result.drafts, tools, cfg)
     if not result.pairs:
-        result.decision = "no pair" if uncertain else "certain"
-        with stage("answer"):
-            result.answer = write(tok, x.ids, after_prompt, cfg)[0]
+        result.decision = "no pair" if tools else "certain"
         return result
 
     with stage("train"):
@@ -153,6 +153,18 @@ def margin(logp):  # FORK HERE: another uncertainty, below tau
     return first - sum(second)
 
 
+def doubtful(result, x, cfg):
+    """-> the tools to write pairs for: the K likeliest where u < tau; the one that was called
+    where u >= tau, but the call has a flaw [ours]; else none."""
+    likeliest = sorted(result.logp, key=result.logp.get, reverse=True)
+    if result.margin < cfg.tau:  # not so if the margin is no number
+        return likeliest[: cfg.k]
+    if result.flaw and cfg.check and cfg.tau > 0:
+        called = [tool for tool in likeliest if tool == x.call["name"]]
+        return called or likeliest[:1]
+    return []
+
+
 # ----------------------------------------------------------------- G: self-data
 # FORK HERE: another generation prompt, whose form `outline` and `judge` know
 DRAFT = (
@@ -171,10 +183,12 @@ def generate(model, tok, x, after_tools, tools, cfg):
     texts = x.supplied
     if texts is None:
         outlines, rngs = [], []
+        known = {key for key, value in x.call["arguments"].items() if said(value, x.request)}
         for tool in tools:
+            chosen = known if tool == x.call["name"] else None
             for n in range(cfg.drafts):
                 rng = draw(cfg.seed, x.id, tool, n)
-                outlines.append(outline(tool, x.schemas[tool], cfg.given, rng))
+                outlines.append(outline(tool, x.schemas[tool], cfg.given, rng, chosen))
                 rngs.append(rng)
         ids, _ = span(tok, x, DRAFT + x.request)
         asking = Prefix(model, ids[:-1], after_tools)
@@ -182,9 +196,9 @@ def generate(model, tok, x, after_tools, tools, cfg):
     return [judge(text, x, cfg) for text in texts]
 
 
-def outline(name, schema, given, rng):
+def outline(name, schema, given, rng, chosen=None):
     """-> a draft as texts, between which the model writes JSON values (|): a quote or brace
-    before one is its first character. Half of the optional arguments are drawn.
+    before one is its first character. Optional arguments are chosen, or else half are drawn.
 
     nothing  {|
     name     {"call": {"name": "book", "arguments":|}, "request": "|}
@@ -196,7 +210,8 @@ def outline(name, schema, given, rng):
     for key, rule in schema["properties"].items():
         quote = ' "' if rule.get("type") == "string" else ""
         drawn = torch.rand((), generator=rng) < 0.5
-        if key in schema["required"] or drawn:
+        wanted = drawn if chosen is None else key in chosen
+        if key in schema["required"] or wanted:
             keys.append(f"{dumps(key)}:{quote}{GAP}")
     arguments = " {" + ", ".join(keys) + "}"
     # A schema may say in another way what it allows.
@@ -214,17 +229,24 @@ def judge(text, x, cfg):
         value = composed(DECODER.decode(text))
         pair = {"request": value["request"].strip(), "call": to_call(value["call"])}
         span(x.tok, x, pair["request"], pair["call"])  # does it fit the context?
-        verdict = fault(pair, x, cfg) or "kept"
+        verdict = "kept"
+        if cfg.check:
+            verdict = flaw(pair["call"], pair["request"], x) or verdict
+        # Refused even unchecked: --pairs might hold x with its label.
+        if any(copies(pair["request"], turn) for turn in x.turns):
+            verdict = "copy of the request"
     return {"text": text, "verdict": verdict, "pair": pair}
 
 
-def fault(pair, x, cfg):  # FORK HERE: checks of your own
-    """-> what is wrong with a pair {request, call}, as far as x tells without a label."""
-    request, call = pair["request"].casefold(), pair["call"]
-    if any(copies(request, turn.casefold()) for turn in x.turns):
-        return "copy of the request"  # even unchecked: --pairs might hold x with its label
-    if not cfg.check:
-        return ""
+def copies(request, turn):
+    """Does a request hold the words of a turn of x in their order, or none at all?"""
+    texts = request.casefold(), turn.casefold()
+    new, old = (" ".join(re.findall(r"\w+", text)) for text in texts)
+    return new in ("", old) or (old.count(" ") > 1 and f" {old} " in f" {new} ")
+
+
+def flaw(call, request, x):  # FORK HERE: checks of your own
+    """-> what is wrong with a call for a request, as far as the tools of x tell; or ""."""
     if call["name"] not in x.schemas:
         return "tool not on offer"
     arguments, schema = call["arguments"], x.schemas[call["name"]]
@@ -238,21 +260,20 @@ def fault(pair, x, cfg):  # FORK HERE: checks of your own
         kind = TYPES.get(str(rule.get("type")), object)
         if not isinstance(value, kind) or value not in (rule.get("enum") or [value]):
             return "wrong type or not in enum"
-        is_free = isinstance(value, str) and "enum" not in rule
-        if is_free and value.casefold() not in request:
+        if "enum" not in rule and not said(value, request):
             unsaid = UNSAID
     return unsaid
 
 
-def copies(request, turn):
-    """Does a request hold the words of a turn of x in their order, or none at all?"""
-    new, old = (" ".join(re.findall(r"\w+", text)) for text in (request, turn))
-    return new in ("", old) or (old.count(" ") > 1 and f" {old} " in f" {new} ")
+def said(value, request):
+    """Does a request hold a value? Only texts and numbers are looked for."""
+    is_looked_for = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return not is_looked_for or str(value).removesuffix(".0").casefold() in request.casefold()
 
 
 def choose(drafts, tools, cfg):
-    """-> the pairs to train on: one for each of the K tools, or none, as one alone would pull
-    the answer to its tool; of free or supplied drafts the first K."""
+    """-> the pairs to train on: one for each of the tools, or none, as one alone would pull the
+    answer to its tool; of free or supplied drafts the first K."""
     usable = [draft["pair"] for draft in drafts if draft["verdict"] == "kept"]
     usable += [draft["pair"] for draft in drafts if draft["verdict"] == UNSAID]
     if cfg.given == "nothing" or cfg.pairs:
@@ -290,26 +311,25 @@ def temporary_lora(model, cfg, rng):
 
 def train(spans, frozen, lora, cfg):
     """T. Steps on the LoRA, in place -> the loss before each, in nats per token of a call."""
-    adamw = torch.optim.AdamW(lora, weight_decay=0.0)  # afresh: no old moments
+    # Made afresh: no old moments.
+    adamw = cfg.optimizer == "adamw"
+    optimizer = torch.optim.AdamW(lora, weight_decay=0.0) if adamw else torch.optim.SGD(lora)
     lengths = torch.tensor([len(ids) - begin for ids, begin in spans])  # (K,)
     losses = []
     for epoch in range(cfg.epochs):
-        lr = cfg.lr * (1 + math.cos(math.pi * epoch / cfg.epochs)) / 2
+        optimizer.zero_grad()
         loss = -(logprob(spans, frozen) / lengths.to(lora[0].device)).mean()
-        gradients = torch.autograd.grad(loss, lora, materialize_grads=True)
-        norm = torch.nn.utils.get_total_norm(gradients).item()
+        loss.backward()
         losses.append(loss.item())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None]).item()
         if not 0 < norm < math.inf:
             break
-        if cfg.optimizer == "adamw":
-            adamw.param_groups[0]["lr"] = lr
-            for p, g in zip(lora, gradients, strict=True):
-                p.grad = g
-            adamw.step()
-        else:  # FORK HERE: another update rule
+        lr = cfg.lr * (1 + math.cos(math.pi * epoch / cfg.epochs)) / 2
+        if not adamw:  # FORK HERE: another update rule
             # Polyak's step: takes the fraction lr of the loss away, were it linear.
-            for p, g in zip(lora, gradients, strict=True):
-                p.data -= lr * losses[-1] / norm**2 * g
+            lr *= losses[-1] / norm**2
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
     return losses
 
 
@@ -385,28 +405,32 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     rows = []
     for (text, *parts), rng in zip(outlines, rngs, strict=True):
-        # Its settled text, parts to come, all tokens, and those of them that are not read yet.
-        row = SimpleNamespace(text=text, parts=parts, ids=[], queue=[], rng=rng)
-        row.over, row.whole = False, None
+        # Its text so far, parts to come, all tokens, and those of them that are not read yet.
+        row = SimpleNamespace(text=text, parts=parts, ids=[], queue=[], rng=rng, over=False)
         force(tok, row)
         row.queue = ids[len(prefix.ids) :] + row.queue
         rows.append(row)
-    cache = prefix.copy(len(rows))
+    cache, going = prefix.copy(len(rows)), rows
     length = len(prefix.ids) - len(ids)  # of the texts, as far as they are read
-    while length < cfg.max_new_tokens - 1 and not all(row.over for row in rows):
-        n = min(len(row.queue) for row in rows)
-        new = torch.tensor([row.queue[:n] for row in rows])  # (R, n)
+    while going and length < cfg.max_new_tokens - 1:
+        n = min(len(row.queue) for row in going)
+        new = torch.tensor([row.queue[:n] for row in going])  # (R, n)
         logits = prefix.forward(cache, new, 1)[:, -1].float().cpu()  # (R, V)
         length += n
-        for row, scores in zip(rows, logits, strict=True):
+        for row, scores in zip(going, logits, strict=True):
             row.queue = row.queue[n:]
             if not row.queue:
                 token = scores.argmax()
                 if row.rng and cfg.temperature > 0:
                     p = (scores / cfg.temperature).softmax(-1)  # (V,)
                     token = torch.multinomial(p, 1, generator=row.rng)
-                take(tok, row, token.item(), ends)
-    return [row.whole or tok.decode(row.ids) for row in rows]
+                row.queue = [token.item()]
+                row.over = row.queue[0] in ends or take(tok, row)
+        stay = [i for i, row in enumerate(going) if not row.over]
+        if len(stay) < len(going):
+            cache.batch_select_indices(torch.tensor(stay, dtype=torch.long))
+            going = [going[i] for i in stay]
+    return [tok.decode(row.ids) if row.parts else row.text for row in rows]
 
 
 # Values that may come behind a part, by its last character: tokens that are the same
@@ -422,35 +446,28 @@ def force(tok, row):
     """Queues the tokens of a row's text, but for what the value behind it may change."""
     if row.text:
         rest = row.text[len(tok.decode(row.ids)) :]
-        spelled = [continuation(tok, rest + value)[0] for value in BEHIND[row.text[-1]]]
+        spelled = [continuation(tok, rest + value) for value in BEHIND[row.text[-1]]]
         row.queue = os.path.commonprefix(spelled)
         row.ids = row.ids + row.queue
 
 
-def take(tok, row, token, ends):
-    """Adds the model's next token to a row; where a value has ended, forces the next part."""
-    row.queue = [token]  # a row that is over reads on, unused, until all are
-    if row.over or token in ends:
-        row.over = True
-        return
-    written = tok.decode(row.ids + [token])
+def take(tok, row):
+    """Adds the queued token to a row -> is the row over? Behind a value its next part is forced."""
+    written = tok.decode(row.ids + row.queue)
     if not row.parts:  # an answer
-        row.ids.append(token)
-        row.over = parse(written)[0] is not None
-        return
+        row.ids, row.text = row.ids + row.queue, written
+        return parse(written) is not None
     begin = len(row.text) - row.text.endswith(('"', "{"))
     agrees = written[: len(row.text)] == row.text[: len(written)]
     end = json_end(written[begin:]) if agrees else -1
-    if end <= 0:
-        row.ids.append(token)
-        row.over = end < 0
-        return
-    # The token is not read yet, and may hold more than the value's end: it is replaced.
-    row.text = written[: begin + end] + row.parts.pop(0)
-    if row.parts:
-        force(tok, row)
+    if end > 0:
+        # The token is not read yet, and may hold more than the value's end: it is replaced.
+        row.text = written[: begin + end] + row.parts.pop(0)
+        if row.parts:
+            force(tok, row)
     else:
-        row.over, row.whole = True, row.text
+        row.ids = row.ids + row.queue
+    return end < 0 or not row.parts
 
 
 # ----------------------------------------------------------- prompts and tokens
@@ -491,9 +508,10 @@ def prepare(tok, sample, cfg):
     calls = []  # N
     opening = call_text(tok, CALL).index(dumps(CALL["name"]))  # characters, before a name
     for name in x.schemas:
-        ids, ends = continuation(tok, call_text(tok, {"name": name, "arguments": {}}))
-        closing = sum(end < opening + len(dumps(name)) for end in ends)
-        calls.append(ids[: closing + 1])
+        text = call_text(tok, {"name": name, "arguments": {}})
+        ids = continuation(tok, text)
+        named = continuation(tok, text[: opening + len(dumps(name)) - 1])
+        calls.append(ids[: len(os.path.commonprefix([ids, named])) + 1])
     # What all begin with is not scored: it adds the same to every l_n.
     shared = len(x.ids + os.path.commonprefix(calls))
     x.candidates = [(x.ids + ids, shared) for ids in calls]
@@ -515,7 +533,7 @@ def encode(tok, tools, messages, call=None):
         prompt = render(tok, [{"role": "user", "content": text}])
     # Ids are joined, not texts: none of the prompt merges with those of the call.
     ids = tok(prompt, add_special_tokens=False).input_ids
-    more = continuation(tok, call_text(tok, call))[0] if call else []
+    more = continuation(tok, call_text(tok, call)) if call else []
     n = len(ids + more)
     need(n <= tok.model_max_length, f"{n} tokens and an answer exceed the context")
     return ids + more, len(ids)
@@ -545,7 +563,7 @@ def call_form(tok, template):
         whole = render(tok, [user, turn], [PROBE], answered=True)
         form = whole.removeprefix(prompt)
         shown = PROBE["name"] in prompt and dumps(CALL["arguments"]) in form
-        if shown and whole.startswith(prompt) and parse(form)[0] == CALL:
+        if shown and whole.startswith(prompt) and parse(form) == CALL:
             return form
     return None
 
@@ -559,13 +577,11 @@ def call_text(tok, call):
 
 
 def continuation(tok, text):
-    """-> (ids of a text that stands behind another, where in the text each ends)."""
-    # A stand-in, which must not merge with it, takes the blank that some tokenizers put first.
+    """-> ids of a text that stands behind another, with which none of them merges."""
+    # A stand-in takes the blank that some tokenizers put first.
     stand_in = "a" if text[:1].isdigit() else "0"
     out = tok(stand_in + text, add_special_tokens=False, return_offsets_mapping=True)
-    ends = [end - 1 for _, end in out.offset_mapping]
-    n = sum(end <= 0 for end in ends)
-    return out.input_ids[n:], ends[n:]
+    return [i for i, (_, end) in zip(out.input_ids, out.offset_mapping, strict=True) if end > 1]
 
 
 def transcript(messages):
@@ -627,19 +643,19 @@ def json_end(text):
 
 
 def parse(text):
-    """-> (the first call in a text, where it ends), or (None, 0)."""
+    """-> the first call in a text, or None."""
     # Behind a thought, which may hold drafts of it.
     start = text.rfind("</think>") + 1
     if "<think>" in text[start:]:
-        return None, 0
+        return None
     for brace in re.compile("{").finditer(text, start):
-        at = brace.start()
-        end = json_end(text[at:])
+        rest = text[brace.start() :]
+        end = json_end(rest)
         if end == 0:  # what an open object holds might become its arguments
             break
         with suppress(MALFORMED):
-            return to_call(DECODER.decode(text[at : at + max(end, 0)])), at + end
-    return None, 0
+            return to_call(DECODER.decode(rest[: max(end, 0)]))
+    return None
 
 
 def to_call(value):
@@ -655,7 +671,7 @@ def grade(text, gold):
     """-> [right tool?, and right arguments?] of an answer. Numbers are compared by their text
     [ours]: "5" is 5, and 12.0 is 12."""
     how = {"parse_int": str, "parse_float": lambda number: number.removesuffix(".0")}
-    call, gold = (json.loads(dumps(value), **how) for value in (parse(text)[0], gold))
+    call, gold = (json.loads(dumps(value), **how) for value in (parse(text), gold))
     return [bool(call) and call["name"] == gold["name"], call == gold]
 
 
@@ -763,16 +779,13 @@ def try_out(model, tok, cfg):
         need(lora[1].any(), "its gradient is zero, or no number")
 
 
-def answer_both(model, tok, sample, cfg, writer):
-    """-> a row: Result, direct answer, grades."""
+def answer(model, tok, sample, cfg, writer):
+    """-> a row: Result and grades."""
     try:
-        result = direct = tt_si(model, tok, sample, cfg, writer)
-        if result.decision == "adapted" and "call" in sample:
-            direct = tt_si(model, tok, sample, dataclasses.replace(cfg, tau=0.0))
+        result = tt_si(model, tok, sample, cfg, writer)
     except InputError as e:  # beyond the context, or refused by the chat template
-        result = direct = Result(sample["id"], cost={}, decision=f"not answered: {e}")
+        result = Result(sample["id"], cost={}, decision=f"not answered: {e}")
     row = dataclasses.asdict(result)
-    row |= {"direct": direct.answer, "direct_cost": direct.cost}
     if "call" in sample:
         row["grades"] = {side: grade(row[side], sample["call"]) for side in ("direct", "answer")}
     # A number that is none is null.
@@ -824,11 +837,10 @@ def table(rows):
     if drafts:
         verdicts = counted(draft["verdict"] for draft in drafts)
         lines[-1] += f"; of {len(drafts)} drafts {verdicts}"
-    # Of what was adapted without a label there is no direct answer.
-    answered = [row for row in labelled if row["cost"]]
+    answered = [row["cost"] for row in rows if row["cost"]]
     if answered:
-        spent = [cost for row in answered for cost in row["cost"].values()]
-        direct = [row["direct_cost"][stage] for row in answered for stage in ("read", "answer")]
+        spent = [cost for costs in answered for cost in costs.values()]
+        direct = [costs[stage] for costs in answered for stage in ("read", "direct")]
         seconds, tokens = (torch.tensor(spent).sum(0) / torch.tensor(direct).sum(0)).tolist()
         ratio = f"{seconds:.1f} x the seconds and {tokens:.1f} x the tokens"
         lines.append(f"an answer takes {ratio} of a direct one")
@@ -862,7 +874,7 @@ def run(cfg):
         todo = [i for i in ids[rank::world] if i not in rows]
         for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank)):
             sample = samples[i] | ({"pairs": pairs.get(i, [])} if pairs else {})
-            rows[i] = {"key": key} | answer_both(model, tok, sample, cfg, models[-1])
+            rows[i] = {"key": key} | answer(model, tok, sample, cfg, models[-1])
             if cfg.output:
                 # One write of one whole line: several processes can share a file.
                 with open(cfg.output, "ab", buffering=0) as file:
@@ -912,7 +924,7 @@ def tell(steps):
     captions = {"prompt": "what Algorithm 1 sees"}
     for item in dataclasses.fields(Result)[1:]:
         captions[item.name] = item.metadata["help"]
-    captions |= {"direct": "what the base alone writes", "label": "which no step saw"}
+    captions["label"] = "which no step saw"
     for name, caption in captions.items():
         lines = steps[name] if isinstance(steps[name], list) else [steps[name]]
         print(f"\n-- {name:10}{caption}", *lines, sep="\n   ")
