@@ -7,12 +7,13 @@
     T  a temporary LoRA is trained on them, x is answered with it, all is reset
 
 Departures from the paper, and choices where it is silent:
- 1. One pair for each of the two likeliest tools, or none, whose tool and keys are dictated.
- 2. A pair is written call first, and a copy of x is never trained on.
- 3. Polyak's step, on the tokens of the calls alone, no warm-up.
- 4. The LoRA acts behind the tools only (--adapt suffix): their cache serves every stage.
- 5. Tools are offered in a seeded order (--shuffle): benchmarks list the right one first.
---paper undoes 1, 4, and the step of 3.
+ 1. x is answered first. A call with a flaw, as a value that x does not say, is uncertain, too.
+ 2. One pair for each of the two likeliest tools, or none, whose tool and keys are dictated.
+ 3. A pair is written call first, and a copy of x is never trained on.
+ 4. Polyak's step, on the tokens of the calls alone, no warm-up.
+ 5. The LoRA acts behind the tools only (--adapt suffix): their cache serves every stage.
+ 6. Tools are offered in a seeded order (--shuffle): benchmarks list the right one first.
+--paper undoes 1, 2, 5, and the step of 4.
 
 N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. In a span (ids, begin),
 ids[begin:] is scored behind ids[:begin].
@@ -66,7 +67,7 @@ class Config:  # every field is a flag; [paper]: stated there or reported; [ours
     drafts: int = field(4, "written for each of these tools, at once [ours; paper: 1]")
     given: Literal["keys", "name", "nothing"] = field("keys", "see `outline` [ours]")
     temperature: float = field(0.7, "of drafts; answers are greedy [ours]")
-    check: bool = field(True, "refuse drafts by label-free checks [ours]")
+    check: bool = field(True, "refuse drafts, and doubt answers, by label-free checks [ours]")
     max_new_tokens: int = field(256, "at most, in a draft or an answer [ours]")
     lora_rank: int = field(8, "r [paper]")
     lora_alpha: float = field(16.0, "the LoRA's output is scaled by alpha / r [paper]")
@@ -110,7 +111,7 @@ def tt_si(model, tok, sample, cfg, writer=None):
         result.logp = score(x, after_prompt)
         result.margin = margin(result.logp)
 
-    tools = doubtful(result, x, cfg)
+    tools = doubtful(result, x, cfg)  # none: certain
     if tools:
         # G: (x', y') ~ P( . | x). There are none where the prompt exceeds the context.
         with stage("generate"), suppress(InputError):
@@ -616,7 +617,8 @@ def advising(advice):
     try:
         yield
     except Exception as e:
-        raise InputError(f"{advice}: {e}") from e
+        kind = "" if isinstance(e, InputError) else f"{type(e).__name__}: "
+        raise InputError(f"{advice}: {kind}{e}") from e
 
 
 def composed(value):
@@ -677,20 +679,17 @@ def grade(text, gold):
 
 def read_jsonl(path, convert):
     """-> {id: convert(record)} of a file of JSON lines; a bad one is named by its line."""
-    found, number = {}, 0
-    try:
-        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-            if line.strip():
-                record = composed(json.loads(line.decode("utf-8-sig")))
-                i = number if record.get("id") is None else record["id"]
-                i = record["id"] = str(i)
+    found = {}
+    advice = "for another form: python data/convert.py FILE > calls.jsonl"
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if line.strip():
+            with advising(f"{path}:{number}: {advice}"):
+                record = composed(json.loads(line))
+                i = record.get("id")
+                record["id"] = i = str(number if i is None else i)
                 need(i not in found, f"id {i} twice")
                 found[i] = convert(record)
-        need(found, "nothing in it")
-    except MALFORMED as e:
-        why = e if isinstance(e, InputError) else f"{type(e).__name__}: {e}"
-        advice = "for another form: python data/convert.py FILE > calls.jsonl"
-        raise InputError(f"{path}:{number}: {why}; {advice}") from e
+    need(found, f"{path}: nothing in it; {advice}")
     return found
 
 
@@ -724,15 +723,14 @@ def to_sample(record):
 
 def to_tool(tool):
     """-> {name, description, parameters}, completed: some templates want all three."""
-    schema = tool.get("parameters") or EMPTY
-    schema = {key: value for key, value in schema.items() if value is not None}
+    given = tool.get("parameters") or EMPTY
+    schema = EMPTY | {key: value for key, value in given.items() if value is not None}
     # Refused: MCP's and Anthropic's names for it, and a map of properties, as xLAM's.
-    is_schema = "properties" in schema or schema.get("type") == "object"
+    is_schema = "properties" in given or given.get("type") == "object"
     is_other = "inputSchema" in tool or "input_schema" in tool
-    schema = EMPTY | schema
-    rules = schema["properties"].values()
-    is_schema = is_schema and not is_other and all(isinstance(rule, dict) for rule in rules)
-    need(is_schema, f'"parameters" of {tool["name"]} must be a JSON schema')
+    need(is_schema and not is_other, f'"parameters" of {tool["name"]} must be a JSON schema')
+    for key, rule in schema["properties"].items():
+        need(isinstance(rule, dict), f"{key} of {tool['name']} must be a JSON schema")
     about = tool.get("description") or ""
     return {"name": tool["name"], "description": about, "parameters": schema}
 
@@ -820,27 +818,26 @@ def interval(differences, draws=10_000):
 def table(rows):
     """-> what a run ends with: scores of ALL labelled samples, answered or not."""
     lines = []
-    labelled = [row for row in rows if "grades" in row]
-    if labelled:
-        grades = [row["grades"]["direct"] + row["grades"]["answer"] for row in labelled]
-        points = 100.0 * torch.tensor(grades)  # (n, 4)
-        direct_tool, direct_call, tool, call = points.mean(0).tolist()
-        gain = points[:, 3] - points[:, 1]
+    grades = [list(row["grades"].values()) for row in rows if "grades" in row]
+    if grades:
+        points = 100.0 * torch.tensor(grades)  # (n, direct and TT-SI, tool and call)
+        gain = points[:, 1, 1] - points[:, 0, 1]
         low, high = interval(gain.tolist())
         lines.append(f"{'':12}{'right tool':>13}{'right call':>13}")
-        lines.append(f"{'direct':12}{direct_tool:11.1f} %{direct_call:11.1f} %")
-        lines.append(f"{'TT-SI':12}{tool:11.1f} %{call:11.1f} %")
-        lines.append(f"{'difference':12}{gain.mean():+26.1f}  [{low:+.1f}, {high:+.1f}]")
-        lines[-1] += f"   {(gain > 0).sum()} repaired, {(gain < 0).sum()} broken"
-    drafts = [draft for row in rows for draft in row["drafts"]]
+        for name, (tool, call) in zip(("direct", "TT-SI"), points.mean(0).tolist(), strict=True):
+            lines.append(f"{name:12}{tool:11.1f} %{call:11.1f} %")
+        changed = f"{(gain > 0).sum()} repaired, {(gain < 0).sum()} broken"
+        lines.append(
+            f"{'difference':12}{gain.mean():+26.1f}  [{low:+.1f}, {high:+.1f}]   {changed}"
+        )
     lines.append(counted(row["decision"] for row in rows))
-    if drafts:
-        verdicts = counted(draft["verdict"] for draft in drafts)
-        lines[-1] += f"; of {len(drafts)} drafts {verdicts}"
-    answered = [row["cost"] for row in rows if row["cost"]]
-    if answered:
-        spent = [cost for costs in answered for cost in costs.values()]
-        direct = [costs[stage] for costs in answered for stage in ("read", "direct")]
+    verdicts = [draft["verdict"] for row in rows for draft in row["drafts"]]
+    if verdicts:
+        lines[-1] += f"; of {len(verdicts)} drafts {counted(verdicts)}"
+    costs = [row["cost"] for row in rows if row["cost"]]
+    if costs:
+        spent = [part for cost in costs for part in cost.values()]
+        direct = [cost[stage] for cost in costs for stage in ("read", "direct")]
         seconds, tokens = (torch.tensor(spent).sum(0) / torch.tensor(direct).sum(0)).tolist()
         ratio = f"{seconds:.1f} x the seconds and {tokens:.1f} x the tokens"
         lines.append(f"an answer takes {ratio} of a direct one")
@@ -855,7 +852,8 @@ def run(cfg):
     """Reads, answers, scores, writes -> {id: row}."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
     need(world == 1 or cfg.output, "each of WORLD_SIZE processes needs --output")
-    path = cfg.data or DATA / ("demo.jsonl" if is_embedded(cfg) else "everyday.jsonl")
+    embedded = Path(cfg.model).resolve() == (DATA / "model").resolve()
+    path = cfg.data or DATA / ("demo.jsonl" if embedded else "everyday.jsonl")
     samples = read_jsonl(path, to_sample)
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
     need(samples.keys() >= set(ids), f"--trace: {path} has no sample {cfg.trace}")
@@ -870,6 +868,10 @@ def run(cfg):
     rows = whole_rows(Path(cfg.output), key) if cfg.output else {}
     if rank == 0:
         describe(cfg, path, [samples[i] for i in ids], model, tok)
+        # In the embedded model's world each tool's name is two tokens.
+        names = [tool["name"] for i in ids for tool in samples[i]["tools"]]
+        if embedded and any(len(tok.tokenize(name)) > 2 for name in names):
+            print("The embedded model knows no world but its own: give a --model.\n")
     try:
         todo = [i for i in ids[rank::world] if i not in rows]
         for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank)):
@@ -900,14 +902,6 @@ def describe(cfg, path, samples, model, tok):
     size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
     print(f"{len(samples)} samples of {path}, {labelled} labelled")
     print(f"{cfg.model}: {size}; {form} tool prompts\n")
-    # In the embedded model's world each tool's name is two tokens.
-    names = [tool["name"] for sample in samples for tool in sample["tools"]]
-    if is_embedded(cfg) and any(len(tok.tokenize(name)) > 2 for name in names):
-        print("The embedded model knows no world but its own: give a --model.\n")
-
-
-def is_embedded(cfg):
-    return Path(cfg.model).resolve() == (DATA / "model").resolve()
 
 
 def key_of(cfg, samples, pairs, models):

@@ -44,7 +44,7 @@ def generate(model, tok, cfg, ids, **how):
 
     def is_over(rows, scores, **_):
         texts = tok.batch_decode(rows[:, len(ids) :])
-        return torch.tensor([bool(ttsi.parse(text)[0]) for text in texts], device=rows.device)
+        return torch.tensor([bool(ttsi.parse(text)) for text in texts], device=rows.device)
 
     rows = torch.tensor([ids], device=model.device)
     how = {"do_sample": False, "max_new_tokens": cfg.max_new_tokens} | how

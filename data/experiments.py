@@ -50,16 +50,21 @@ def direct(model, tok, sample, cfg):
     return ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, tau=0.0))
 
 
-def adapted(model, tok, sample, cfg, teacher=None):
-    """TT-SI of a sample that is to be adapted: which are, is decided where rows are made. With a
-    teacher, (model, tok), who writes the drafts: TT-D."""
-    return ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, tau=2.0), teacher)
+def gated(model, tok, sample, cfg, teacher=None):
+    """TT-SI itself. With a teacher, (model, tok), who writes the drafts: TT-D."""
+    return ttsi.tt_si(model, tok, sample, cfg, teacher)
+
+
+def adapted(model, tok, sample, cfg):
+    """TT-SI as if any margin were small."""
+    return ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, tau=2.0))
 
 
 def retrained(model, tok, sample, cfg, pairs):
     """TT-SI with other settings of T, on the pairs of the default."""
-    sample = sample | {"pairs": [ttsi.dumps(pair) for pair in pairs]}
-    return ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, tau=2.0))
+    x = ttsi.prepare(tok, sample, cfg)
+    spans = [ttsi.span(tok, x, pair["request"], pair["call"]) for pair in pairs]
+    return trained_on(model, tok, sample, cfg, spans)
 
 
 def trained_on(model, tok, sample, cfg, spans, adapter=ttsi.temporary_lora):
@@ -68,7 +73,8 @@ def trained_on(model, tok, sample, cfg, spans, adapter=ttsi.temporary_lora):
     if not spans:
         return answered(model, x, x.ids, cfg, "no pair")
     result = ttsi.Result(x.id, cost={}, decision="adapted")
-    shared = os.path.commonprefix([x.ids[: x.head], *(ids for ids, _ in spans)])
+    head = x.ids[: x.head] if cfg.adapt == "suffix" else []
+    shared = os.path.commonprefix([head, *(ids for ids, _ in spans)])
     frozen = ttsi.Prefix(model, shared)
     with adapter(model, cfg, ttsi.draw(cfg.seed, x.id, "adapter")) as parameters:
         with ttsi.measured(model, result.cost, "train"):
@@ -148,7 +154,7 @@ def shown(model, tok, sample, cfg, pairs):
 def vote(model, tok, sample, cfg, tokens):
     """The call that most of the answers make that are sampled with so many tokens."""
     result, _, texts = sampled(model, tok, sample, cfg, tokens)
-    calls = [ttsi.parse(text)[0] for text in texts]
+    calls = [ttsi.parse(text) for text in texts]
     votes = [sum(ttsi.grade(text, call)[1] for text in texts) if call else 0 for call in calls]
     result.answer = texts[votes.index(max(votes))]
     return result
@@ -158,7 +164,7 @@ def best_of(model, tok, sample, cfg, tokens):
     """The sampled answer to which the model gives the highest probability. It reads each again."""
     result, read, texts = sampled(model, tok, sample, cfg, tokens // 2)
     ids = ttsi.prepare(tok, sample, cfg).ids
-    spans = [(ids + ttsi.continuation(tok, text)[0], len(ids)) for text in texts]
+    spans = [(ids + ttsi.continuation(tok, text), len(ids)) for text in texts]
     with ttsi.measured(model, result.cost, "answer"), torch.no_grad():
         logp = [ttsi.logprob([span], read).item() for span in spans]
     result.answer = texts[logp.index(max(logp))]
@@ -244,7 +250,7 @@ def other_of(lab, seed, i):
 def tokens_of(lab, seed, i):
     """-> how many tokens TT-SI has for G, for T and for its answer."""
     cost = lab.rows("default", seed)[i]["cost"]
-    return sum(tokens for stage, (_, tokens) in cost.items() if stage not in ("read", "score"))
+    return sum(tokens for stage, (_, tokens) in cost.items() if stage not in OF_ALL)
 
 
 def label_of(lab, seed, i):
@@ -296,16 +302,16 @@ class Method:
 
 METHODS = {
     "direct": Method("direct", direct, on="all"),
-    "default": Method("TT-SI", adapted),
+    "default": Method("TT-SI", gated),
     "rest": Method("adapt the certain alone", adapted, on="certain"),
-    "paper": Method("the paper's setting", adapted, "--paper"),
+    "paper": Method("the paper's setting", gated, "--paper"),
     "anothers": Method("another item's pairs", anothers, needs=other_of),
     "nearest": Method("nearest pair's tool, no training", nearest_tool, needs=pairs_of),
     "icl": Method("pairs in the prompt (TT-ICL)", shown, needs=pairs_of),
     "bias": Method("a bias vector for the LoRA", biased, needs=pairs_of),
     "vote": Method("vote, at TT-SI's tokens", vote, "--temperature 1", needs=tokens_of),
     "best": Method("best of N, at TT-SI's tokens", best_of, "--temperature 1", needs=tokens_of),
-    "teacher": Method("a teacher's pairs (TT-D)", adapted, needs=teacher_of),
+    "teacher": Method("a teacher's pairs (TT-D)", gated, needs=teacher_of),
     "neighbours": Method("3 nearest labelled (TTT-NN)", neighbours, needs=pool_of),
     "sft": Method(f"SFT on {LABELS} labels", fine_tuned, "--adapt full", "all", tuned_of),
     "itself": Method("the item itself, a bound", itself, on="all", needs=label_of),
@@ -329,6 +335,7 @@ CELLS = {
 }
 OF_T = {"lr", "epochs", "optimizer", "adapt", "lora_rank", "lora_alpha"}
 OF_H = {"model", "data", "seed", "dtype", "device", "shuffle", "max_new_tokens"}
+OF_ALL = ("read", "direct", "score")  # stages that no gate can spare
 
 CONTROLS = ["anothers", "nearest", "icl", "vote", "best", "bias", "sft", "neighbours", "itself"]
 GROUPS = {  # group -> {table: its lines}
@@ -358,7 +365,7 @@ def method_of(name):
     ttsi.need(not changed & OF_H, f"cell {name}: its direct answers would be others, too")
     if changed <= OF_T:
         return Method(f"`{flags}`", retrained, flags, needs=pairs_of)
-    return Method(f"`{flags}`", adapted, flags)
+    return Method(f"`{flags}`", gated, flags)
 
 
 # --------------------------------------------------------------------------------------- rows
@@ -422,11 +429,13 @@ class Lab:
             # Not the first of the file, which may be the easy ones; and more can be added later.
             ids = sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())
             return sorted(ids[: self.args.limit or None])
-        direct, on, tau = self.rows("direct", seed), method_of(name).on, self.config(name, seed).tau
+        direct, on = self.rows("direct", seed), method_of(name).on
         answered = [i for i in direct if direct[i]["margin"] is not None]
         if on == "all" or self.args.quick:
             return answered
-        return [i for i in answered if (direct[i]["margin"] < tau) == (on == "uncertain")]
+        cfg = self.config(name, seed)
+        uncertain = [i for i in answered if figures.gate(direct[i], cfg) < cfg.tau]
+        return uncertain if on == "uncertain" else sorted({*answered} - {*uncertain})
 
     def path(self, name, seed):
         """-> the file of a method's rows."""
@@ -469,15 +478,14 @@ class Lab:
         except ttsi.InputError as e:  # beyond the context, or refused by the chat template
             result = ttsi.Result(i, cost={}, decision=f"not answered: {e}")
         row = dataclasses.asdict(result)
-        # What was done once, to read and to score the prompt and to write pairs, all have paid for.
-        if result.cost and method.on == "uncertain" and "score" not in result.cost:
-            direct = self.rows("direct", seed)[i]["cost"]
-            row["cost"] |= {"read": direct["read"], "score": direct["score"]}
+        # What was done once, before the gate and to write pairs, all have paid for.
+        if result.cost and method.on == "uncertain":
+            row["cost"] = self.rows("direct", seed)[i]["cost"] | row["cost"]
         if result.cost and method.needs in (pairs_of, other_of):
             row["drafts"] = []
             row["cost"]["generate"] = self.rows("default", seed)[i]["cost"]["generate"]
         row["grade"] = ttsi.grade(result.answer, sample["call"])
-        row["f1"] = figures.f1_counts(ttsi.parse(result.answer)[0], sample["call"])
+        row["f1"] = figures.f1_counts(ttsi.parse(result.answer), sample["call"])
         names = sorted(tool["name"] for tool in sample["tools"])
         row["tools"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
         row["offered"] = len(names)
@@ -494,7 +502,7 @@ def unlabelled(sample):
 
 def slim(row):
     """A row without any text, neither a benchmark's nor a model's about it."""
-    row = {key: value for key, value in row.items() if key != "answer"}
+    row = {key: value for key, value in row.items() if key not in ("answer", "direct")}
     row["logp"] = [*(row["logp"] or {}).values()]
     row["drafts"] = [{"verdict": draft["verdict"]} for draft in row["drafts"]]
     row["pairs"] = len(row["pairs"])
@@ -674,6 +682,8 @@ def parse_arguments(argv):
     p.add_argument("--rows", default=str(RESULTS / "rows"), help="where rows are kept")
     p.add_argument("--texts", default=str(TEXTS), help="where those of benchmarks have their texts")
     args = p.parse_args(argv)
+    if args.quick:
+        args.flags += " --tau 2"  # or nothing might be adapted
     args.seeds = args.seeds or [*range(10 if args.kept else 1)]
     known = {*METHODS, *CELLS}
     ttsi.need(args.group in (None, *GROUPS), f"no group {args.group}: {', '.join(GROUPS)}")

@@ -79,14 +79,20 @@ def cost_ratio(pairs, unit):
     """Seconds (0) or tokens (1) of a method, as a multiple of those of direct answers."""
     spent = sum(cost[unit] for _, row in pairs for cost in row["cost"].values())
     answered = [row["cost"] for row, _ in pairs if row["cost"]]
-    return spent / sum(cost[stage][unit] for cost in answered for stage in ("read", "answer"))
+    return spent / sum(cost[stage][unit] for cost in answered for stage in ("read", "direct"))
+
+
+def gate(direct, cfg):
+    """The margin that a direct answer's row counts as: with a flaw it is uncertain."""
+    return 0.0 if direct["flaw"] and cfg.check else direct["margin"]
 
 
 def gain_by_tau(runs):
     """Runs in which everyone was adapted -> [(tau, gain if those below it are adapted, gain if the
     others are)], in points, for each tau at which something changes, beginning with 0."""
     pairs = [pair for run in runs for pair in run if pair[0]["margin"] is not None]
-    changes = [(a["margin"], 100 * (b["grade"][1] - a["grade"][1])) for a, b in pairs]
+    cfg = ttsi.Config()
+    changes = [(gate(a, cfg), 100 * (b["grade"][1] - a["grade"][1])) for a, b in pairs]
     below, above = 0, sum(change for _, change in changes)
     points = [(0.0, 0.0, above / len(pairs))]
     for margin, change in sorted(changes):
