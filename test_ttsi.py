@@ -30,7 +30,7 @@ import ttsi
 
 HERE = Path(__file__).resolve().parent
 SOURCE, README = ((HERE / name).read_text() for name in ("ttsi.py", "README.md"))
-MOST = 949  # lines of ttsi.py
+MOST = 954  # lines of ttsi.py
 FLAGS = {field.name for field in fields(ttsi.Config)} | {"paper"}
 SLOW = bool(os.environ.get("SLOW"))
 torch.set_num_threads(1)  # for models as small as these more would wait for one another
@@ -382,15 +382,17 @@ ROWS += [(["{", ""], ('"call": {"name": "go", "arguments": {"n": 1}}, "request":
 ROWS += [(['{"call": {"name": "a\\"b", "arguments":', "}}"], (' {"k": "v"}',), "}}")]
 COPY, OSLO = "Cancel my FLIGHT to Rome would you please!", {"city": "Oslo"}
 MISSING, TYPE = "arguments missing or unknown", "wrong type or not in enum"
-COPIED, JUNK = "copy of the request", "no request and call"
+COPIED, JUNK = "copy of the request", "no request and call, or too long"
 CHECKS = [("go", OSLO, "drop Oslo", "kept"), ("go", OSLO, "drop OSLO", "kept"), ("f", {}, 7, JUNK)]
 CHECKS += [("go", OSLO, text, COPIED) for text in (COPY, "!?", f"So: {COPY}", "oslo.")]
-CHECKS += [("hm", OSLO, "drop Oslo", "tool not on offer"), ("pick", [1], "x", JUNK)]
+CHECKS += [("hm", OSLO, "drop Oslo", "no call of a tool on offer"), ("pick", [1], "x", JUNK)]
 CHECKS += [("go", {}, "drop it", MISSING), ("go", OSLO | {"x": 1}, "drop Oslo", MISSING)]
 CHECKS += [("pick", {"size": "S"}, "small", "kept"), ("pick", {"size": "XL"}, "XL", TYPE)]
 CHECKS += [("go", OSLO | {"days": "3"}, "Oslo 3", TYPE), ("pick", {"size": math.nan}, "x", JUNK)]
 CHECKS += [("go", {"city": "Lima"}, "drop Oslo", ttsi.UNSAID), ("go", OSLO, "Oslo " * 2000, JUNK)]
-CHECKS += [(7, {}, "drop it", JUNK), ("go", OSLO | {"days": 3}, "Oslo, 3", "kept")]
+CHECKS += [(7, {}, "drop it", JUNK), ("go", OSLO | {"days": 3}, "Oslo, 3.", "kept")]
+CHECKS += [("go", OSLO | {"days": 3}, text, ttsi.UNSAID) for text in ("Oslo, 35", "Oslo, 3.5")]
+CHECKS += [("go", OSLO | {"days": True}, "to Oslo", TYPE), ("no", OSLO, "to Oslo", MISSING)]
 BROKEN = ["", "[]", '{"request": "x"}', '{"request": "x", "call": 7}', "{" * 5000, "[" * 99999]
 BROKEN += [json.dumps(ONE) + " {", json.dumps(pair("\ud800", "f")), json.dumps(ONE)[:-1]]
 
@@ -428,10 +430,11 @@ def test_an_answer_with_a_flaw_is_uncertain_about_its_tool():
     ]
     cases += [(book, 0.9, {"k": 2}, [*sure][::-1]), (None, 0.99, {}, ["cancel_flight"])]
     cases += [(book, 0.99, how, none) for how in ({"tau": 0.0}, {"check": False})]
+    cases += [(book, math.nan, {}, none)]
     for call, margin, how, want in cases:
         x.call = call or {"name": "", "arguments": {}}
         result = ttsi.Result("b", logp=sure, margin=margin, flaw=ttsi.flaw(x.call, x.request, x))
-        assert ttsi.doubtful(result, x, replace(FIRST, **how)) == want, (call, margin, how)
+        assert ttsi.doubtful_tools(result, x, replace(FIRST, **how)) == want, (call, margin, how)
 
 
 # Guards: keys that a schema does not have, optional keys always or never, wrong quotes.
@@ -460,7 +463,8 @@ def test_outlines():
 def test_verdicts_one_by_one():
     turns = [*B["messages"], {"role": "assistant", "content": "From?"}, *user("Oslo")]
     go, pick = tool("go", city=STRING, days=INTEGER), tool("pick", size=STRING | {"enum": ["S"]})
-    x = ttsi.prepare(TOK, B | {"messages": turns, "tools": [go, pick]}, FIRST)
+    tools = [go, pick, tool("no")]
+    x = ttsi.prepare(TOK, B | {"messages": turns, "tools": tools}, FIRST)
     for name, arguments, request, verdict in CHECKS:
         draft = {"request": request, "call": {"name": name, "arguments": arguments}}
         got = ttsi.judge(json.dumps(draft), x, FIRST)
@@ -722,6 +726,8 @@ def test_records_in_openais_form():
 OTHER = [record({"role": "assistant", "function_call": STATUS["function"]}), record(tools=[])]
 OTHER += [record(CALLED | {"tool_calls": [STATUS, {"function": BOOK["call"]}]}), record(tools=7)]
 OTHER += [record(tools=[{"name": "f", k: {"x": STRING}}]) for k in ("parameters", "inputSchema")]
+OTHER += [record(tools=[tool("f", x={"enum": 5})]), record(tools=[tool("f", x=[])])]
+OTHER += [record(tools=[tool("f") | {"parameters": ttsi.EMPTY | {"required": True}}])]
 OTHER += [record(tools=[*FLIGHT, FLIGHT[0]]), record(call=F), record(call="f"), record(id="good")]
 OTHER += [record(call=CANCEL | {"arguments": arguments}) for arguments in ("{", [1], "[1]")]
 OTHER += [record(*user([{"type": "text", "text": "q"}])), record({"role": "human", "content": "q"})]

@@ -13,7 +13,7 @@ Departures from the paper, and choices where it is silent:
  4. Polyak's step, on the tokens of the calls alone, no warm-up.
  5. The LoRA acts behind the tools only (--adapt suffix): their cache serves every stage.
  6. Tools are offered in a seeded order (--shuffle): benchmarks list the right one first.
---paper undoes 1, 2, 5, and the step of 4.
+--paper undoes the flaws of 1, the step of 4, 2 and 5.
 
 N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. In a span (ids, begin),
 ids[begin:] is scored behind ids[:begin].
@@ -87,7 +87,7 @@ class Result:  # what Algorithm 1 did with one input, as --trace tells it
     margin: float = field(None, "H: u = p(1) - p(2), from 0 to 1; uncertain below tau")
     drafts: list = field((), "G: all that were written, with what the checks say")
     pairs: list = field((), "G: those to train on")
-    loss: list = field(None, "T: before each step, in nats per token of the calls")
+    loss: list = field(None, "T: before each step, nats per token of a call, mean of the pairs")
     decision: str = field("", "adapted, or why the base answers, or why nothing does")
     answer: str = field("", "what it writes in the end")
     cost: dict = field(None, "of each stage: seconds, and tokens read")
@@ -111,7 +111,7 @@ def tt_si(model, tok, sample, cfg, writer=None):
         result.logp = score(x, after_prompt)
         result.margin = margin(result.logp)
 
-    tools = doubtful(result, x, cfg)  # none: certain
+    tools = doubtful_tools(result, x, cfg)  # none: certain
     if tools:
         # G: (x', y') ~ P( . | x). There are none where the prompt exceeds the context.
         with stage("generate"), suppress(InputError):
@@ -122,7 +122,7 @@ def tt_si(model, tok, sample, cfg, writer=None):
         return result
 
     with stage("train"):
-        # The LoRA will act behind what the base has read, which all begin with.
+        # The base reads what the prompt and the pairs all begin with: the LoRA acts behind it.
         spans = [span(tok, x, pair["request"], pair["call"]) for pair in result.pairs]
         head = x.ids[: x.head] if cfg.adapt == "suffix" else []
         shared = os.path.commonprefix([head, *(ids for ids, _ in spans)])
@@ -130,7 +130,7 @@ def tt_si(model, tok, sample, cfg, writer=None):
     with temporary_lora(model, cfg, draw(cfg.seed, x.id, "adapter")) as lora:
         with stage("train"):  # T: theta' = theta + LoRA, trained on (x', y')
             result.loss = train(spans, frozen, lora, cfg)
-        with stage("answer"):  # y ~ P'( . | x), by a fresh forward pass
+        with stage("answer"):  # y ~ P'( . | x), read afresh behind that
             result.answer = write(tok, x.ids, frozen, cfg)[0]
     # Reset: the LoRA has gone with its block; the base was never written.
     result.decision = "adapted"
@@ -154,15 +154,16 @@ def margin(logp):  # FORK HERE: another uncertainty, below tau
     return first - sum(second)
 
 
-def doubtful(result, x, cfg):
-    """-> the tools to write pairs for: the K likeliest where u < tau; the one that was called
-    where u >= tau, but the call has a flaw [ours]; else none."""
+def doubtful_tools(result, x, cfg):
+    """-> the tools to write pairs for: the K likeliest where u < tau; where u >= tau, but the
+    call has a flaw, its tool alone, which is certain [ours]; else none."""
     likeliest = sorted(result.logp, key=result.logp.get, reverse=True)
-    if result.margin < cfg.tau:  # not so if the margin is no number
+    if result.margin < cfg.tau:
         return likeliest[: cfg.k]
-    if result.flaw and cfg.check and cfg.tau > 0:
-        called = [tool for tool in likeliest if tool == x.call["name"]]
-        return called or likeliest[:1]
+    # A margin that is no number is neither below tau nor above.
+    if result.margin >= cfg.tau > 0 and result.flaw and cfg.check:
+        called = x.call["name"]
+        return [called if called in x.schemas else likeliest[0]]
     return []
 
 
@@ -175,7 +176,8 @@ DRAFT = (
 )
 GAP = "\0"  # in an outline: here the model writes a JSON value
 UNSAID = "a value is not in the request"  # maybe in other words: a last resort
-TYPES = dict(string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict)
+TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
+TYPES |= {"array": [list], "object": [dict]}
 
 
 def generate(model, tok, x, after_tools, tools, cfg):
@@ -215,9 +217,7 @@ def outline(name, schema, given, rng, chosen=None):
         if key in schema["required"] or wanted:
             keys.append(f"{dumps(key)}:{quote}{GAP}")
     arguments = " {" + ", ".join(keys) + "}"
-    # A schema may say in another way what it allows.
-    understood = schema["properties"] or schema == EMPTY
-    if given == "name" or not understood:
+    if given == "name" or not lists_all(schema):
         arguments = GAP
     text = f'{{"call": {{"name": {dumps(name)}, "arguments":{arguments}}}, "request": "{GAP}}}'
     return text.split(GAP)
@@ -225,17 +225,16 @@ def outline(name, schema, given, rng, chosen=None):
 
 def judge(text, x, cfg):
     """-> a draft {text, verdict, pair or None}."""
-    pair, verdict = None, "no request and call"
+    pair, verdict = None, "no request and call, or too long"
     with suppress(MALFORMED):
         value = composed(DECODER.decode(text))
         pair = {"request": value["request"].strip(), "call": to_call(value["call"])}
         span(x.tok, x, pair["request"], pair["call"])  # does it fit the context?
-        verdict = "kept"
-        if cfg.check:
-            verdict = flaw(pair["call"], pair["request"], x) or verdict
+        found = flaw(pair["call"], pair["request"], x) if cfg.check else ""
         # Refused even unchecked: --pairs might hold x with its label.
         if any(copies(pair["request"], turn) for turn in x.turns):
-            verdict = "copy of the request"
+            found = "copy of the request"
+        verdict = found or "kept"
     return {"text": text, "verdict": verdict, "pair": pair}
 
 
@@ -249,27 +248,35 @@ def copies(request, turn):
 def flaw(call, request, x):  # FORK HERE: checks of your own
     """-> what is wrong with a call for a request, as far as the tools of x tell; or ""."""
     if call["name"] not in x.schemas:
-        return "tool not on offer"
+        return "no call of a tool on offer"
     arguments, schema = call["arguments"], x.schemas[call["name"]]
     rules = schema["properties"]
-    unknown = rules and arguments.keys() - rules.keys()
-    if unknown or not arguments.keys() >= set(schema["required"]):
+    missing = (set(schema["required"]) & rules.keys()) - arguments.keys()
+    unknown = arguments.keys() - rules.keys()
+    if missing or (unknown and lists_all(schema)):
         return "arguments missing or unknown"
     unsaid = ""
     for key, value in arguments.items():
         rule = rules.get(key, {})
-        kind = TYPES.get(str(rule.get("type")), object)
-        if not isinstance(value, kind) or value not in (rule.get("enum") or [value]):
+        kinds = TYPES.get(str(rule.get("type")), [type(value)])
+        if type(value) not in kinds or value not in (rule.get("enum") or [value]):
             return "wrong type or not in enum"
         if "enum" not in rule and not said(value, request):
             unsaid = UNSAID
     return unsaid
 
 
+def lists_all(schema):
+    """Are a tool's arguments its schema's properties? It may say in another way what it allows."""
+    return bool(schema["properties"]) or schema == EMPTY
+
+
 def said(value, request):
     """Does a request hold a value? Only texts and numbers are looked for."""
-    is_looked_for = isinstance(value, (str, int, float)) and not isinstance(value, bool)
-    return not is_looked_for or str(value).removesuffix(".0").casefold() in request.casefold()
+    text = str(value).removesuffix(".0")
+    if type(value) in (int, float):  # not within another number
+        return bool(re.search(rf"(?<![\d.]){re.escape(text)}(?!\.?\d)", request))
+    return not isinstance(value, str) or text.casefold() in request.casefold()
 
 
 def choose(drafts, tools, cfg):
@@ -294,7 +301,6 @@ def temporary_lora(model, cfg, rng):
     """
     parameters, r, scale = [], cfg.lora_rank, cfg.lora_alpha / cfg.lora_rank
     layers = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear)]
-    # The hooks go with the block, even by an exception.
     with ExitStack() as hooks:
         for layer in layers:
             d_in, d_out = layer.in_features, layer.out_features
@@ -312,7 +318,6 @@ def temporary_lora(model, cfg, rng):
 
 def train(spans, frozen, lora, cfg):
     """T. Steps on the LoRA, in place -> the loss before each, in nats per token of a call."""
-    # Made afresh: no old moments.
     adamw = cfg.optimizer == "adamw"
     optimizer = torch.optim.AdamW(lora, weight_decay=0.0) if adamw else torch.optim.SGD(lora)
     lengths = torch.tensor([len(ids) - begin for ids, begin in spans])  # (K,)
@@ -408,7 +413,8 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     for (text, *parts), rng in zip(outlines, rngs, strict=True):
         # Its text so far, parts to come, all tokens, and those of them that are not read yet.
         row = SimpleNamespace(text=text, parts=parts, ids=[], queue=[], rng=rng, over=False)
-        force(tok, row)
+        if text:
+            force(tok, row)
         row.queue = ids[len(prefix.ids) :] + row.queue
         rows.append(row)
     cache, going = prefix.copy(len(rows)), rows
@@ -445,11 +451,10 @@ BEHIND = {
 
 def force(tok, row):
     """Queues the tokens of a row's text, but for what the value behind it may change."""
-    if row.text:
-        rest = row.text[len(tok.decode(row.ids)) :]
-        spelled = [continuation(tok, rest + value) for value in BEHIND[row.text[-1]]]
-        row.queue = os.path.commonprefix(spelled)
-        row.ids = row.ids + row.queue
+    rest = row.text[len(tok.decode(row.ids)) :]
+    spelled = [continuation(tok, rest + value) for value in BEHIND[row.text[-1]]]
+    row.queue = os.path.commonprefix(spelled)
+    row.ids = row.ids + row.queue
 
 
 def take(tok, row):
@@ -638,7 +643,7 @@ def json_end(text):
         # It is open where the fault is its end, or in a last word: tru, -, 1e
         is_last = re.fullmatch(r"[\w.+-]*\s*", text[e.pos :])
         return 0 if is_last or e.msg.startswith("Unterminated") else -1
-    except RecursionError:
+    except (RecursionError, ValueError):  # too deep, or a number of too many digits
         return -1
     is_word = text[start] not in '"[{'
     return 0 if is_word and re.fullmatch(r"[\w.+-]*", text[end:]) else end
@@ -728,9 +733,10 @@ def to_tool(tool):
     # Refused: MCP's and Anthropic's names for it, and a map of properties, as xLAM's.
     is_schema = "properties" in given or given.get("type") == "object"
     is_other = "inputSchema" in tool or "input_schema" in tool
-    need(is_schema and not is_other, f'"parameters" of {tool["name"]} must be a JSON schema')
-    for key, rule in schema["properties"].items():
-        need(isinstance(rule, dict), f"{key} of {tool['name']} must be a JSON schema")
+    is_schema = is_schema and not is_other and isinstance(schema["required"], list)
+    for rule in schema["properties"].values():
+        is_schema = is_schema and isinstance(rule.get("enum") or [], list)
+    need(is_schema, f'"parameters" of {tool["name"]} must be a JSON schema')
     about = tool.get("description") or ""
     return {"name": tool["name"], "description": about, "parameters": schema}
 
@@ -742,7 +748,7 @@ def load(name, cfg):
     device = cfg.device
     if device == "auto":
         device = f"{found}:{os.environ.get('LOCAL_RANK', 0)}" if found else "cpu"
-    dtype = "float32" if cfg.dtype == "auto" and device == "cpu" else cfg.dtype
+    dtype = "float32" if cfg.dtype == "auto" and "cpu" in device else cfg.dtype
     how = dict(dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False)
     with advising(f"{name}: give a causal language model with safetensors and chat template"):
         tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -758,13 +764,13 @@ def load(name, cfg):
         rope = f"{getattr(config, 'rope_parameters', None)}"
         changes = "longrope" in rope or "dynamic" in rope
         need(not changes, f"its positions depend on the length of a text: {rope}")
-        try_out(model, tok, cfg)
+        try_out(model, tok)
     return model, tok
 
 
-def try_out(model, tok, cfg):
+def try_out(model, tok):
     """Does once what a sample does: rows continue a prefix, and a LoRA makes a step."""
-    last = max(tok.get_vocab().values())
+    last, cfg = max(tok.get_vocab().values()), Config(epochs=1)
     size = len(model.get_input_embeddings().weight)
     need(last < size, f"token {last} is beyond its {size} embeddings")
     ids = [last, *range(7)]
@@ -773,7 +779,7 @@ def try_out(model, tok, cfg):
     same = torch.allclose(whole, parts, rtol=0.1, atol=0.1)
     need(same, "what it has read cannot be continued")
     with temporary_lora(model, cfg, draw("trial")) as lora:
-        train(spans, Prefix(model, []), lora, dataclasses.replace(cfg, epochs=1))
+        train(spans, Prefix(model, []), lora, cfg)
         need(lora[1].any(), "its gradient is zero, or no number")
 
 
@@ -827,9 +833,8 @@ def table(rows):
         for name, (tool, call) in zip(("direct", "TT-SI"), points.mean(0).tolist(), strict=True):
             lines.append(f"{name:12}{tool:11.1f} %{call:11.1f} %")
         changed = f"{(gain > 0).sum()} repaired, {(gain < 0).sum()} broken"
-        lines.append(
-            f"{'difference':12}{gain.mean():+26.1f}  [{low:+.1f}, {high:+.1f}]   {changed}"
-        )
+        spread = f"[{low:+.1f}, {high:+.1f}]"
+        lines.append(f"{'difference':12}{gain.mean():+26.1f}  {spread}   {changed}")
     lines.append(counted(row["decision"] for row in rows))
     verdicts = [draft["verdict"] for row in rows for draft in row["drafts"]]
     if verdicts:
