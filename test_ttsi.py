@@ -583,7 +583,7 @@ def test_a_naive_serial_loop_gives_the_same(sample):
     assert got.margin == pytest.approx(ttsi.margin(got.logp)) and got.direct, "H"
     tools, call = sorted(p, key=p.get)[:-3:-1], ttsi.parse(got.direct)
     if got.margin >= 0.95:
-        tools = [call["name"]] if got.flaw else []
+        tools = [call["name"] if call["name"] in p else tools[0]] if got.flaw else []
     known = {key for key, value in call["arguments"].items() if f"{value}" in x.request}
     ids, drafts = TOK(prompt(TOK, x, user(ttsi.DRAFT + x.request))).input_ids, []
     for name, n in itertools.product(tools, range(cfg.drafts)):
