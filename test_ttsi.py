@@ -30,7 +30,7 @@ import ttsi
 
 HERE = Path(__file__).resolve().parent
 SOURCE, README = ((HERE / name).read_text() for name in ("ttsi.py", "README.md"))
-MOST = 954  # lines of ttsi.py
+MOST = 966  # lines of ttsi.py
 FLAGS = {field.name for field in fields(ttsi.Config)} | {"paper"}
 SLOW = bool(os.environ.get("SLOW"))
 torch.set_num_threads(1)  # for models as small as these more would wait for one another
@@ -278,7 +278,8 @@ def test_odd_names_are_scored_whole_and_found_again(name, tmp_path):
     assert {*x.schemas} == {*ODD} - {ODD[6]} | {"é"}, "a name is not composed"
     for called, (ids, _) in zip(x.schemas, x.candidates, strict=True):
         text = tok.decode(ids[len(x.ids) :])
-        assert json.dumps(called, ensure_ascii=False) in text, f"{text}: {called} is not closed"
+        shorter, quoted = tok.decode(ids[len(x.ids) : -1]), json.dumps(called, ensure_ascii=False)
+        assert text.count(quoted) > shorter.count(quoted), f"{text}: not up to where it is closed"
         call = {"name": called, "arguments": {"q": called}}
         assert ttsi.parse(ttsi.call_text(tok, call)) == call, called
 
@@ -418,7 +419,7 @@ def test_an_answer_with_a_flaw_is_uncertain_about_its_tool():
     book = {"name": "book_flight", "arguments": {"city": "Rome", "days": 3}}
     cases = [(CANCEL, 0.99, {}, none), (CANCEL, 0.9, {}, ["cancel_flight"])]
     cases += [(book, 0.99, {}, ["book_flight"]), (None, 0.99, {}, ["cancel_flight"])]
-    cases += [(book, 0.9, {"k": 2}, [*sure][::-1]), (book, math.nan, {}, none)]
+    cases += [(book, 0.9, {"k": 2}, [*sure][::-1])]
     cases += [(book, 0.99, how, none) for how in ({"tau": 0.0}, {"check": False})]
     for call, margin, how, want in cases:
         x.call = call or {"name": "", "arguments": {}}
@@ -438,14 +439,29 @@ def test_outlines():
         assert json.loads(text) == pair("x", 'q"', **want) and keys <= rules.keys(), text
         seen.add("".join(keys))
     assert seen == {"b", "ab", "bc", "abc"}, "optional keys are not drawn"
-    assert "c" in "".join(ttsi.outline("f", schema, "keys", ttsi.draw(0), {"c"}))
-    assert len(ttsi.outline("f", schema, "keys", ttsi.draw(0), ())) == 3, "a key was not chosen"
+    for chosen in (), ("a",), ("a", "c"):
+        text = "1".join(ttsi.outline("f", schema, "keys", ttsi.draw(0), chosen))
+        keys = re.findall(r'"([abc])":', text)
+        assert keys == sorted({"b", *chosen}), f"{chosen} were chosen"
     free = ['{"call": {"name": "f", "arguments":', '}, "request": "', "}"]
     odd = ttsi.EMPTY | {"additionalProperties": STRING}  # what a schema allows, not understood
     for rules, given in ((schema, "name"), (odd, "keys")):
         assert ttsi.outline("f", rules, given, ttsi.draw(0)) == free
     assert ttsi.outline("f", schema, "nothing", ttsi.draw(0)) == ["{", ""]
     assert len(ttsi.outline("f", ttsi.EMPTY, "keys", ttsi.draw(0))) == 2, "nothing to write"
+
+
+# Guards: a draft about the answered tool with keys that nobody asked for, or without one.
+def test_of_the_answered_tool_those_optional_keys_are_dictated_that_the_request_fills():
+    rules = {"city": STRING, "days": INTEGER, "who": STRING}
+    tools = [tool("book_flight", **rules), tool("cancel_flight", **rules)]
+    sample = ask("b", "book a flight to Rome named Ada", tools)
+    x, _, after_tools, _ = begin(MODEL, TOK, sample, cfg := ttsi.Config(drafts=6))
+    x.call = {"name": "book_flight", "arguments": {"city": "Rome", "days": 3, "who": "Ada"}}
+    drafts = ttsi.generate(MODEL, TOK, x, after_tools, ["book_flight", "cancel_flight"], cfg)
+    keys = [[*json.loads(draft["text"])["call"]["arguments"]] for draft in drafts]
+    assert keys[:6] == [["city", "who"]] * 6, "not those that are said"
+    assert len({*map(str, keys[6:])}) > 1, "the other tool's are not drawn"
 
 
 # Guards: a check that passes what it should refuse (x with its label, too), or raises.
@@ -580,7 +596,8 @@ def test_a_naive_serial_loop_gives_the_same(sample):
     cfg = ttsi.Config(drafts=1 + SLOW, epochs=2, max_new_tokens=64, seed=3)
     got, (x, nothing, *_) = agrees(MODEL, TOK, sample, cfg), begin(MODEL, TOK, sample, cfg)
     p = dict(zip(x.schemas, naive_p(MODEL, TOK, x, sample["messages"]), strict=True))
-    assert got.margin == pytest.approx(ttsi.margin(got.logp)) and got.direct, "H"
+    first, second = sorted(p.values())[:-3:-1]
+    assert got.margin == pytest.approx(first - second, abs=1e-4), "another margin"
     tools, call = sorted(p, key=p.get)[:-3:-1], ttsi.parse(got.direct)
     if got.margin >= 0.95:
         tools = [call["name"] if call["name"] in p else tools[0]] if got.flaw else []
@@ -644,7 +661,7 @@ def test_decisions():
     nan = small(TOK)
     nan.lm_head.weight[7] = math.nan
     row = ttsi.answer(nan, TOK, A, ALWAYS, None)
-    assert (row["margin"], row["decision"]) == (None, "certain"), "not a number is not below tau"
+    assert row["decision"].startswith("not answered: ") and "no numbers" in row["decision"]
 
 
 # Guards: a teacher that reads the student's cache, or with the student's tokenizer.
@@ -743,6 +760,7 @@ PARSED += [T.replace("arguments", "parameters"), T.replace('{"x": 1}', '"{\\"x\\
 PARSED += [f'{{"name": 7}} {T}', f'{{"a": "b\\"{{"}} {T}', f'The 5" pipe {T}', f"{{x y {T}"]
 NONE = ["", "{", "{" * 3000, "[" * 99999, '{"a":' * 2000, '{"name": NaN}', '{"a": 1}', T[:-1]]
 NONE += [f"<think>{T}", f'{{"arguments": {T}', f'{{"name": "g", "arguments": {{"q": {T}', "[1]"]
+NONE += [f'{{"name": "f", "arguments": {{"x": {"1" * 5000}}}}}']
 NONE += ['{"name": "\\ud800"}', '{"name": 1e999}', '{"name": "f", "arguments": [1]}', "{}", "}"]
 GRADES = [("5", 5, 1), (12.0, 12, 1), (12, 12.5, 0), (True, 1, 0), ("a", "A", 0), (1e3, 1000, 1)]
 GRADES += [([1.0, {"k": 2}], [1, {"k": "2"}], 1), ("e\u0301", "é", 1), ([1, 2], [2, 1], 0)]
@@ -962,7 +980,7 @@ def test_a_model_brings_its_weights_in_safetensors_and_no_code(tmp_path):
 
 
 # ------------------------------------------------------------- README, the file itself, forks
-ENTROPY = "    return 1 - torch.special.entr(p).sum().item() / math.log(max(2, len(p)))\n\n\ndef d"
+ENTROPY = "    return 1 - torch.special.entr(p).sum().item() / math.log(max(2, len(p)))\n\n\n"
 SHORTER = '    if len(request.split()) < 3:\n        return "too short"\n    unsaid = ""\n'
 PROMPT = 'DRAFT = "Write another request for one of the tools, as above.\\n\\n"\nGAP ='
 BIAS = """            B = torch.zeros(layer.out_features, device=model.device, requires_grad=True)
@@ -971,7 +989,7 @@ BIAS = """            B = torch.zeros(layer.out_features, device=model.device, r
             hooks.callback(layer.register_forward_hook(add).remove)
             parameters += [B]
 """
-FORKS = {"entropy": [(r"    first, [^\n]*topk.*?\n\n\ndef d", ENTROPY)]}
+FORKS = {"entropy": [(r"    first, [^\n]*topk.*?\n\n\n", ENTROPY)]}
 FORKS |= {"prompt": [(r"DRAFT = \(.*?\nGAP =", PROMPT), (r'    unsaid = ""\n', SHORTER)]}
 FORKS |= {"bias": [(r" +A = \(torch\.rand.*?parameters \+= \[A, B\]\n", BIAS)]}
 

@@ -13,7 +13,7 @@ Departures from the paper, and choices where it is silent:
  4. Polyak's step, on the tokens of the calls alone, no warm-up.
  5. The LoRA acts behind the tools only (--adapt suffix): their cache serves every stage.
  6. Tools are offered in a seeded order (--shuffle): benchmarks list the right one first.
---paper undoes the flaws of 1, the step of 4, 2 and 5.
+--paper undoes 2 and 5, of 1 that flaws count, and of 4 the step.
 
 N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. In a span (ids, begin),
 ids[begin:] is scored behind ids[:begin].
@@ -144,6 +144,7 @@ def score(x, after_prompt):
     logp = []  # N
     for i in range(0, len(x.candidates), 8):  # so that memory does not grow with N
         logp += logprob(x.candidates[i : i + 8], after_prompt).tolist()
+    need(all(map(math.isfinite, logp)), "the scores of its tools are no numbers")
     return dict(zip(x.schemas, logp, strict=True))
 
 
@@ -154,17 +155,21 @@ def margin(logp):  # FORK HERE: another uncertainty, below tau
     return first - sum(second)
 
 
+def certainty(margin, flaw, cfg):
+    """-> u, but 0 where the direct answer has a flaw [ours]: below tau it is uncertain."""
+    return 0.0 if flaw and cfg.check else margin
+
+
 def doubtful_tools(result, x, cfg):
-    """-> the tools to write pairs for: the K likeliest where u < tau; where u >= tau, but the
-    call has a flaw, its tool alone, which is certain [ours]; else none."""
+    """-> the tools to write pairs for: the K likeliest where u < tau; where only a flaw makes it
+    uncertain, that call's tool, about which there is no doubt [ours]; none where it is certain."""
     likeliest = sorted(result.logp, key=result.logp.get, reverse=True)
+    if certainty(result.margin, result.flaw, cfg) >= cfg.tau:
+        return []
     if result.margin < cfg.tau:
         return likeliest[: cfg.k]
-    # A margin that is no number is neither below tau nor above.
-    if result.margin >= cfg.tau > 0 and result.flaw and cfg.check:
-        called = x.call["name"]
-        return [called if called in x.schemas else likeliest[0]]
-    return []
+    called = x.call["name"]
+    return [called if called in x.schemas else likeliest[0]]
 
 
 # ----------------------------------------------------------------- G: self-data
@@ -273,10 +278,10 @@ def lists_all(schema):
 
 def said(value, request):
     """Does a request hold a value? Only texts and numbers are looked for."""
-    text = str(value).removesuffix(".0")
-    if type(value) in (int, float):  # not within another number
-        return bool(re.search(rf"(?<![\d.]){re.escape(text)}(?!\.?\d)", request))
-    return not isinstance(value, str) or text.casefold() in request.casefold()
+    if type(value) in (int, float):
+        number = re.escape(str(value).removesuffix(".0"))  # not within another
+        return bool(re.search(rf"(?<![\d.]){number}(?!\.?\d)", request))
+    return not isinstance(value, str) or value.casefold() in request.casefold()
 
 
 def choose(drafts, tools, cfg):
@@ -432,7 +437,9 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
                     p = (scores / cfg.temperature).softmax(-1)  # (V,)
                     token = torch.multinomial(p, 1, generator=row.rng)
                 row.queue = [token.item()]
-                row.over = row.queue[0] in ends or take(tok, row)
+                row.over = row.queue[0] in ends
+                if not row.over:
+                    row.over = take(tok, row)
         stay = [i for i, row in enumerate(going) if not row.over]
         if len(stay) < len(going):
             cache.batch_select_indices(torch.tensor(stay, dtype=torch.long))
@@ -461,7 +468,8 @@ def take(tok, row):
     """Adds the queued token to a row -> is the row over? Behind a value its next part is forced."""
     written = tok.decode(row.ids + row.queue)
     if not row.parts:  # an answer
-        row.ids, row.text = row.ids + row.queue, written
+        row.ids = row.ids + row.queue
+        row.text = written
         return parse(written) is not None
     begin = len(row.text) - row.text.endswith(('"', "{"))
     agrees = written[: len(row.text)] == row.text[: len(written)]
@@ -515,9 +523,7 @@ def prepare(tok, sample, cfg):
     opening = call_text(tok, CALL).index(dumps(CALL["name"]))  # characters, before a name
     for name in x.schemas:
         text = call_text(tok, {"name": name, "arguments": {}})
-        ids = continuation(tok, text)
-        named = continuation(tok, text[: opening + len(dumps(name)) - 1])
-        calls.append(ids[: len(os.path.commonprefix([ids, named])) + 1])
+        calls.append(continuation(tok, text, opening + len(dumps(name))))
     # What all begin with is not scored: it adds the same to every l_n.
     shared = len(x.ids + os.path.commonprefix(calls))
     x.candidates = [(x.ids + ids, shared) for ids in calls]
@@ -582,12 +588,14 @@ def call_text(tok, call):
     return text.replace(dumps(CALL["name"]), dumps(call["name"]), 1)
 
 
-def continuation(tok, text):
-    """-> ids of a text that stands behind another, with which none of them merges."""
+def continuation(tok, text, most=math.inf):
+    """-> ids of a text that stands behind another, with which none of them merges; those that
+    begin in its first `most` characters."""
     # A stand-in takes the blank that some tokenizers put first.
     stand_in = "a" if text[:1].isdigit() else "0"
     out = tok(stand_in + text, add_special_tokens=False, return_offsets_mapping=True)
-    return [i for i, (_, end) in zip(out.input_ids, out.offset_mapping, strict=True) if end > 1]
+    places = zip(out.input_ids, out.offset_mapping, strict=True)
+    return [i for i, (begin, end) in places if end > 1 and begin <= most]
 
 
 def transcript(messages):
@@ -770,7 +778,8 @@ def load(name, cfg):
 
 def try_out(model, tok):
     """Does once what a sample does: rows continue a prefix, and a LoRA makes a step."""
-    last, cfg = max(tok.get_vocab().values()), Config(epochs=1)
+    cfg = Config(epochs=1)
+    last = max(tok.get_vocab().values())
     size = len(model.get_input_embeddings().weight)
     need(last < size, f"token {last} is beyond its {size} embeddings")
     ids = [last, *range(7)]
@@ -857,8 +866,7 @@ def run(cfg):
     """Reads, answers, scores, writes -> {id: row}."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
     need(world == 1 or cfg.output, "each of WORLD_SIZE processes needs --output")
-    embedded = Path(cfg.model).resolve() == (DATA / "model").resolve()
-    path = cfg.data or DATA / ("demo.jsonl" if embedded else "everyday.jsonl")
+    path = cfg.data or DATA / ("demo.jsonl" if is_embedded(cfg) else "everyday.jsonl")
     samples = read_jsonl(path, to_sample)
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
     need(samples.keys() >= set(ids), f"--trace: {path} has no sample {cfg.trace}")
@@ -873,10 +881,6 @@ def run(cfg):
     rows = whole_rows(Path(cfg.output), key) if cfg.output else {}
     if rank == 0:
         describe(cfg, path, [samples[i] for i in ids], model, tok)
-        # In the embedded model's world each tool's name is two tokens.
-        names = [tool["name"] for i in ids for tool in samples[i]["tools"]]
-        if embedded and any(len(tok.tokenize(name)) > 2 for name in names):
-            print("The embedded model knows no world but its own: give a --model.\n")
     try:
         todo = [i for i in ids[rank::world] if i not in rows]
         for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank)):
@@ -907,6 +911,14 @@ def describe(cfg, path, samples, model, tok):
     size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
     print(f"{len(samples)} samples of {path}, {labelled} labelled")
     print(f"{cfg.model}: {size}; {form} tool prompts\n")
+    # In the embedded model's world each tool's name is two tokens.
+    names = [tool["name"] for sample in samples for tool in sample["tools"]]
+    if is_embedded(cfg) and any(len(tok.tokenize(name)) > 2 for name in names):
+        print("The embedded model knows no world but its own: give a --model.\n")
+
+
+def is_embedded(cfg):
+    return Path(cfg.model).resolve() == (DATA / "model").resolve()
 
 
 def key_of(cfg, samples, pairs, models):

@@ -45,26 +45,17 @@ LABELS, SFT_BATCH, SFT_EPOCHS, SFT_RATE = 200, 2, 3, 0.1
 # ------------------------------------------------------------------------------------ methods
 # Each is a function (model, tok, sample, cfg) -> Result, and a sample holds no label. What it needs
 # besides comes last.
-def direct(model, tok, sample, cfg):
-    """The base answers."""
-    return ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, tau=0.0))
-
-
-def gated(model, tok, sample, cfg, teacher=None):
-    """TT-SI itself. With a teacher, (model, tok), who writes the drafts: TT-D."""
-    return ttsi.tt_si(model, tok, sample, cfg, teacher)
-
-
 def adapted(model, tok, sample, cfg):
     """TT-SI as if any margin were small."""
     return ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, tau=2.0))
 
 
-def retrained(model, tok, sample, cfg, pairs):
-    """TT-SI with other settings of T, on the pairs of the default."""
-    x = ttsi.prepare(tok, sample, cfg)
+def retrained(model, tok, sample, cfg, pairs, about=None, adapter=ttsi.temporary_lora):
+    """TT-SI with other settings of T, on pairs that are there, about this sample's tools or
+    another's."""
+    x = ttsi.prepare(tok, about or sample, cfg)
     spans = [ttsi.span(tok, x, pair["request"], pair["call"]) for pair in pairs]
-    return trained_on(model, tok, sample, cfg, spans)
+    return trained_on(model, tok, sample, cfg, spans, adapter)
 
 
 def trained_on(model, tok, sample, cfg, spans, adapter=ttsi.temporary_lora):
@@ -86,16 +77,12 @@ def trained_on(model, tok, sample, cfg, spans, adapter=ttsi.temporary_lora):
 
 def anothers(model, tok, sample, cfg, other):
     """T on the pairs of another item, about that item's tools."""
-    x = ttsi.prepare(tok, other, cfg)
-    spans = [ttsi.span(tok, x, pair["request"], pair["call"]) for pair in other["kept"]]
-    return trained_on(model, tok, sample, cfg, spans)
+    return retrained(model, tok, sample, cfg, other["kept"], about=other)
 
 
 def biased(model, tok, sample, cfg, pairs):
     """The same pairs, but T learns a bias vector, as GTTA does (arXiv 2511.04847)."""
-    x = ttsi.prepare(tok, sample, cfg)
-    spans = [ttsi.span(tok, x, pair["request"], pair["call"]) for pair in pairs]
-    return trained_on(model, tok, sample, cfg, spans, bias_vector)
+    return retrained(model, tok, sample, cfg, pairs, adapter=bias_vector)
 
 
 @contextmanager
@@ -189,7 +176,7 @@ def fine_tuned(model, tok, sample, cfg, tuned):
     with ttsi.temporary_lora(model, cfg, ttsi.draw(0)) as lora:
         for parameter, learned in zip(lora, tuned, strict=True):
             parameter.data.copy_(learned)
-        result = direct(model, tok, sample, cfg)
+        result = ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, tau=0.0))
     del result.cost["score"]  # it is not gated
     return dataclasses.replace(result, decision="fine-tuned")
 
@@ -301,17 +288,16 @@ class Method:
 
 
 METHODS = {
-    "direct": Method("direct", direct, on="all"),
-    "default": Method("TT-SI", gated),
+    "default": Method("TT-SI", ttsi.tt_si, on="all"),
     "rest": Method("adapt the certain alone", adapted, on="certain"),
-    "paper": Method("the paper's setting", gated, "--paper"),
+    "paper": Method("the paper's setting", ttsi.tt_si, "--paper"),
     "anothers": Method("another item's pairs", anothers, needs=other_of),
     "nearest": Method("nearest pair's tool, no training", nearest_tool, needs=pairs_of),
     "icl": Method("pairs in the prompt (TT-ICL)", shown, needs=pairs_of),
     "bias": Method("a bias vector for the LoRA", biased, needs=pairs_of),
     "vote": Method("vote, at TT-SI's tokens", vote, "--temperature 1", needs=tokens_of),
     "best": Method("best of N, at TT-SI's tokens", best_of, "--temperature 1", needs=tokens_of),
-    "teacher": Method("a teacher's pairs (TT-D)", gated, needs=teacher_of),
+    "teacher": Method("a teacher's pairs (TT-D)", ttsi.tt_si, needs=teacher_of),
     "neighbours": Method("3 nearest labelled (TTT-NN)", neighbours, needs=pool_of),
     "sft": Method(f"SFT on {LABELS} labels", fine_tuned, "--adapt full", "all", tuned_of),
     "itself": Method("the item itself, a bound", itself, on="all", needs=label_of),
@@ -365,7 +351,7 @@ def method_of(name):
     ttsi.need(not changed & OF_H, f"cell {name}: its direct answers would be others, too")
     if changed <= OF_T:
         return Method(f"`{flags}`", retrained, flags, needs=pairs_of)
-    return Method(f"`{flags}`", gated, flags)
+    return Method(f"`{flags}`", ttsi.tt_si, flags)
 
 
 # --------------------------------------------------------------------------------------- rows
@@ -404,12 +390,24 @@ class Lab:
             ttsi.need(same, f"{path}*: of other settings, data or weights; remove, or give --rows")
             chosen = self.chosen(name, seed)
             missing = [i for i in chosen if i not in rows]
-            if self.args.kept and (missing or not chosen and name == "direct"):
+            if self.args.kept and (missing or not chosen and name == "default"):
                 return None
             if missing:
                 rows = self.make(name, seed, path, missing)
             self.known[name, seed] = {i: rows[i] for i in chosen}
         return self.known[name, seed]
+
+    def direct(self, seed):
+        """-> {id: row} of the direct answers, which TT-SI writes on its way; None: rows are
+        missing."""
+        rows, found = self.rows("default", seed), {}
+        if rows is None:
+            return None
+        for i, row in rows.items():
+            cost = {stage: row["cost"][stage] for stage in OF_ALL if row["cost"]}
+            bare = {"decision": "direct", "drafts": [], "pairs": [], "cost": cost}
+            found[i] = row | row["before"] | bare
+        return found
 
     def texts(self, name, seed):
         """-> the same rows with their texts."""
@@ -423,19 +421,19 @@ class Lab:
 
     def chosen(self, name, seed):
         """-> the ids that a method is run on, in their order."""
-        if name == "direct":
+        if name == "default":
             _, kept = read_rows(self.path(name, seed))
             ids = kept if self.args.kept else self.samples
             # Not the first of the file, which may be the easy ones; and more can be added later.
             ids = sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())
             return sorted(ids[: self.args.limit or None])
-        direct, on = self.rows("direct", seed), method_of(name).on
+        direct, on = self.rows("default", seed), method_of(name).on
         answered = [i for i in direct if direct[i]["margin"] is not None]
         if on == "all" or self.args.quick:
             return answered
         cfg = self.config(name, seed)
-        uncertain = [i for i in answered if figures.gate(direct[i], cfg) < cfg.tau]
-        return uncertain if on == "uncertain" else sorted({*answered} - {*uncertain})
+        sure = {i: ttsi.certainty(direct[i]["margin"], direct[i]["flaw"], cfg) for i in answered}
+        return [i for i in answered if (sure[i] < cfg.tau) == (on == "uncertain")]
 
     def path(self, name, seed):
         """-> the file of a method's rows."""
@@ -480,12 +478,12 @@ class Lab:
         row = dataclasses.asdict(result)
         # What was done once, before the gate and to write pairs, all have paid for.
         if result.cost and method.on == "uncertain":
-            row["cost"] = self.rows("direct", seed)[i]["cost"] | row["cost"]
+            row["cost"] = self.direct(seed)[i]["cost"] | row["cost"]
         if result.cost and method.needs in (pairs_of, other_of):
             row["drafts"] = []
             row["cost"]["generate"] = self.rows("default", seed)[i]["cost"]["generate"]
-        row["grade"] = ttsi.grade(result.answer, sample["call"])
-        row["f1"] = figures.f1_counts(ttsi.parse(result.answer), sample["call"])
+        row |= scored(result.answer, sample["call"])
+        row["before"] = scored(result.direct, sample["call"])
         names = sorted(tool["name"] for tool in sample["tools"])
         row["tools"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
         row["offered"] = len(names)
@@ -494,6 +492,10 @@ class Lab:
         return json.loads(
             text, parse_float=lambda x: round(float(x), 5), parse_constant=lambda x: None
         )
+
+
+def scored(text, gold):
+    return {"grade": ttsi.grade(text, gold), "f1": figures.f1_counts(ttsi.parse(text), gold)}
 
 
 def unlabelled(sample):
@@ -562,13 +564,16 @@ def pack(path):
 def run_of(lab, names, seed):
     """-> [(direct row, row), ...]: what no method was run on was answered directly. None: rows are
     missing."""
-    found = {}
-    for name in ["direct", *names]:
+    direct = lab.direct(seed)
+    if direct is None:
+        return None
+    found = dict(direct)
+    for name in names:
         rows = lab.rows(name, seed)
         if rows is None:
             return None
         found |= rows
-    return [(row, found[i]) for i, row in lab.rows("direct", seed).items()]
+    return [(row, found[i]) for i, row in direct.items()]
 
 
 def places_of(labs, names):
@@ -652,7 +657,7 @@ def files_of(group, args):
         ttsi.need(args.data, f"{group}: give --model FOLDER --data FILE ..., labelled samples")
         return args.data
     folder = Path(args.rows) / Path(args.model).name
-    stems = {path.name.split("-direct-")[0] for path in folder.glob("*-direct-*")}
+    stems = {path.name.split("-default-")[0] for path in folder.glob("*-default-*")}
     # What is chosen on has dev in its name.
     return sorted(stem for stem in stems if ("dev" in stem) == (group == "choice"))
 

@@ -82,17 +82,14 @@ def cost_ratio(pairs, unit):
     return spent / sum(cost[stage][unit] for cost in answered for stage in ("read", "direct"))
 
 
-def gate(direct, cfg):
-    """The margin that a direct answer's row counts as: with a flaw it is uncertain."""
-    return 0.0 if direct["flaw"] and cfg.check else direct["margin"]
-
-
 def gain_by_tau(runs):
     """Runs in which everyone was adapted -> [(tau, gain if those below it are adapted, gain if the
     others are)], in points, for each tau at which something changes, beginning with 0."""
     pairs = [pair for run in runs for pair in run if pair[0]["margin"] is not None]
-    cfg = ttsi.Config()
-    changes = [(gate(a, cfg), 100 * (b["grade"][1] - a["grade"][1])) for a, b in pairs]
+    changes = []
+    for before, after in pairs:
+        sure = ttsi.certainty(before["margin"], before["flaw"], ttsi.Config())
+        changes.append((sure, 100 * (after["grade"][1] - before["grade"][1])))
     below, above = 0, sum(change for _, change in changes)
     points = [(0.0, 0.0, above / len(pairs))]
     for margin, change in sorted(changes):

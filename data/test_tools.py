@@ -1,5 +1,6 @@
 """Tests of the scripts in data/: against what shares no code with them, as in test_ttsi.py."""
 
+import dataclasses
 import gzip
 import json
 import re
@@ -356,13 +357,18 @@ def test_every_method_makes_rows_and_writes_a_call(lab, name):
         gold = lab.samples[i]["call"]
         assert ttsi.parse(row["answer"]), f"{name} wrote no call: {row['answer']}"
         assert row["grade"] == ttsi.grade(row["answer"], gold), f"{name}: graded by another label"
+        paid = experiments.METHODS[name].on != "uncertain" or row["cost"].keys() > {
+            "read",
+            "direct",
+        }
+        assert paid, f"{name} did not pay for the gate"
     hooks = [m for m in lab.base[0].modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooks, f"{name} leaves hooks"
 
 
 def test_no_method_sees_the_label(lab, tmp_path):
     other = lab_of(tmp_path, scrambled(tmp_path / "demo.jsonl"))
-    for name in ("direct", "default", "anothers", "nearest", "icl", "bias", "vote", "teacher"):
+    for name in ("default", "anothers", "nearest", "icl", "bias", "vote", "teacher"):
         mine, theirs = lab.rows(name, 0), other.texts(name, 0)
         assert all(mine[i]["answer"] == theirs[i]["answer"] for i in mine), f"{name}: a label leaks"
 
@@ -379,42 +385,74 @@ def test_a_benchmarks_rows_hold_no_texts_and_its_pairs_are_found(lab, tmp_path):
 
 
 def test_a_run_that_was_cut_off_makes_what_is_missing_alone(tmp_path, monkeypatch):
-    rows, path = lab_of(tmp_path).rows("direct", 0), lab_of(tmp_path).path("direct", 0)
+    rows, path = lab_of(tmp_path).rows("default", 0), lab_of(tmp_path).path("default", 0)
     packed = path.with_suffix(".jsonl.gz")
     text = gzip.decompress(packed.read_bytes())
     packed.unlink()
     path.write_bytes(text[:-20])  # a torn last row
     made, row = [], experiments.Lab.row
     monkeypatch.setattr(experiments.Lab, "row", lambda *key: made.append(key[3]) or row(*key))
-    again = lab_of(tmp_path).rows("direct", 0)
+    again = lab_of(tmp_path).rows("default", 0)
     assert made == [[*rows][1]], "whole rows are kept, a torn one is made again"
     assert [r["answer"] for r in again.values()] == [r["answer"] for r in rows.values()]
     assert packed.exists() and not path.exists(), "whole files are packed"
     with pytest.raises(ttsi.InputError, match="other settings"):
-        lab_of(tmp_path, flags="--max_new_tokens 99").rows("direct", 0)
+        lab_of(tmp_path, flags="--max_new_tokens 99").rows("default", 0)
 
 
 def test_other_settings_of_t_train_on_the_pairs_of_the_default(lab):
     for i, row in lab.rows("default", 0).items():
         sample = experiments.unlabelled(lab.samples[i])
-        again = experiments.retrained(*lab.base, sample, lab.config("default", 0), row["pairs"])
-        assert again.answer == row["answer"]
-        assert torch.allclose(torch.tensor(again.loss), torch.tensor(row["loss"]), atol=1e-3)
+        given = sample | {"pairs": [*map(json.dumps, row["pairs"])]}
+        for adapt in ("suffix", "full"):
+            cfg = dataclasses.replace(lab.config("default", 0), adapt=adapt, pairs="kept")
+            again = experiments.retrained(*lab.base, sample, cfg, row["pairs"])
+            want = ttsi.tt_si(*lab.base, given, cfg)
+            assert again.answer == want.answer and again.loss == pytest.approx(want.loss, rel=1e-3)
+        bias = lab.rows("bias", 0)[i]["loss"]
+        assert bias[0] == row["loss"][0] and bias[1] != row["loss"][1], "not another adapter"
     assert experiments.method_of("rate-1").answer is experiments.retrained
-    assert experiments.method_of("8-drafts").answer is experiments.gated, "G changes"
+    assert experiments.method_of("8-drafts").answer is ttsi.tt_si, "G changes"
+
+
+def test_anothers_pairs_are_about_its_own_tools(lab):
+    model, tok = lab.base
+    for i, row in lab.rows("anothers", 0).items():
+        other = experiments.other_of(lab, 0, i)
+        x = ttsi.prepare(tok, other, lab.config("default", 0))
+        spans = [ttsi.span(tok, x, pair["request"], pair["call"]) for pair in other["kept"]]
+        loss = [
+            -ttsi.logprob([s], ttsi.Prefix(model, [])).item() / len(s[0][s[1] :]) for s in spans
+        ]
+        assert row["loss"][0] == pytest.approx(sum(loss) / len(loss), abs=1e-3)
+
+
+def test_a_row_holds_the_grades_of_the_direct_answer_too(lab, monkeypatch):
+    i = next(iter(lab.samples))
+    gold = lab.samples[i]["call"]
+    result = ttsi.Result(i, direct="no call", answer=json.dumps(gold), cost={})
+    method = experiments.Method("", lambda *_: result, on="all")
+    monkeypatch.setitem(experiments.METHODS, "default", method)
+    row = lab.row("default", 0, i)
+    assert (row["before"]["grade"], row["grade"]) == ([False, False], [True, True])
+    assert "direct" not in experiments.slim(row) and "answer" not in experiments.slim(row)
 
 
 def test_each_sample_is_run_by_one_of_default_and_rest():
     lab = experiments.Lab(experiments.parse_arguments(["own", "--kept"]), "x.jsonl")
     seen = {"a": (0.1, ""), "b": (0.95, ""), "c": (None, ""), "d": (1.0, ""), "e": (1.0, "flaw")}
-    direct = {i: {"id": i, "margin": margin, "flaw": flaw} for i, (margin, flaw) in seen.items()}
-    lab.known["direct", 0] = direct
-    assert lab.chosen("default", 0) == ["a", "e"] and lab.chosen("rest", 0) == ["b", "d"]
+    lab.known["default", 0] = rows = {}
+    for i, (margin, flaw) in seen.items():
+        rows[i] = {"margin": margin, "flaw": flaw, "grade": "after", "decision": "adapted"}
+        rows[i] |= {"before": {"grade": "before"}, "cost": {}}
+    assert lab.chosen("icl", 0) == ["a", "e"] and lab.chosen("rest", 0) == ["b", "d"]
     assert lab.chosen("itself", 0) == ["a", "b", "d", "e"]
     assert lab.chosen("paper", 0) == ["a"], "without checks a flaw is not seen"
-    lab.known["default", 0] = {"a": {"id": "adapted"}, "e": {"id": "e"}}
-    run = experiments.run_of(lab, ["default"], 0)
-    assert [row["id"] for _, row in run] == ["adapted", *"bcde"], "the others stay direct"
+    lab.known["icl", 0] = {"a": {"grade": "shown"}, "e": {"grade": "shown"}}
+    for name, want in (("default", ["after"] * 5), ("icl", ["shown", *["before"] * 3, "shown"])):
+        run = experiments.run_of(lab, [name], 0)
+        assert [row["grade"] for _, row in run] == want, "the others stay direct"
+        assert {row["grade"] for row, _ in run} == {"before"}, "not against direct answers"
     assert not experiments.run_of(lab, ["default", "rest"], 0), "rows are missing"
 
 
@@ -456,8 +494,9 @@ def test_f1_counts_as_hammers_scorer_does():
 
 def test_the_gain_over_tau_is_a_hand_count():
     run = [pair("1", "s", 0, 1, 0.2), pair("2", "s", 1, 0, 0.6), pair("3", "s", 0, 1, 0.9)]
+    run[0][0].update(flaw="as uncertain as can be", margin=0.99)
     points = figures.gain_by_tau([[*run, pair("4", "s", 0, 0, 1.0)]])
-    assert [tau for tau, *_ in points] == [0.0, 0.2, 0.6, 0.9, 1.0]
+    assert [tau for tau, *_ in points] == [0.0, 0.0, 0.6, 0.9, 1.0]
     assert [below for _, below, _ in points] == [0, 25, 0, 25, 25], "adapted below tau"
     assert [above for *_, above in points] == [25, 0, 25, 0, 0], "adapted from tau on"
 
