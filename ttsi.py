@@ -19,6 +19,7 @@ N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. In a span (ids,
 ids[begin:] is scored behind ids[:begin].
 """
 
+import argparse
 import dataclasses
 import functools
 import hashlib
@@ -26,6 +27,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import unicodedata
@@ -34,13 +36,24 @@ from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, get_args
+from urllib.request import urlopen
+
+if __name__ == "__main__":
+
+    def stop(*_):
+        """For Ctrl-C while torch is loading: it catches exceptions in between."""
+        os.write(2, b"ttsi: stopped before the first sample\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stop)
 
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+VERSION = "3.0"
 DATA = Path(__file__).parent / "data"
 PAPER = "--k 1 --drafts 1 --given nothing --no-check --optimizer adamw --lr 1e-4 --adapt full"
 
@@ -51,30 +64,35 @@ def field(default, text):
 
 @dataclasses.dataclass
 class Config:  # every field is a flag; [paper]: stated there or reported; [ours]: chosen
+    # model and data
     model: str = field(f"{DATA}/model", "folder or hub name; default: the embedded model")
     data: str = field("", "JSON lines; default: everyday.jsonl, embedded model: demo.jsonl")
-    output: str = field("", "file for a JSON row a sample; a run that was cut off goes on")
-    teacher: str = field("", "a model that writes the drafts in its place: TT-D [paper]")
-    pairs: str = field("", "file of {id, pairs: [{request, call}]} to be taken as drafts")
     limit: int = field(0, "only the first so many samples; 0: all")
-    trace: str = field("", "tell the sample of this id step by step")
-    seed: int = field(0, "of drafts, LoRA initialisation and candidate order")
-    device: str = field("auto", "a torch device; auto: cuda, else mps, else cpu")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field("auto", "auto: float32 on cpu")
-    shuffle: bool = field(True, "offer the tools in a seeded order [ours]")
+    # H
     tau: float = field(0.95, "adapt where the margin is below; 2: always, 0: never [paper]")
+    shuffle: bool = field(True, "offer the tools in the file's order, not a seeded one [ours]")
+    # G
     k: int = field(2, "pairs, one for each of the k likeliest tools [ours; paper: 1]")
     drafts: int = field(4, "written for each of these tools, at once [ours; paper: 1]")
-    given: Literal["keys", "name", "nothing"] = field("keys", "see `outline` [ours]")
-    temperature: float = field(0.7, "of drafts; answers are greedy [ours]")
-    check: bool = field(True, "refuse drafts, and doubt answers, by label-free checks [ours]")
-    max_new_tokens: int = field(256, "at most, in a draft or an answer [ours]")
+    given: Literal["keys", "name", "nothing"] = field("keys", "what of a call is dictated [ours]")
+    temperature: float = field(0.9, "of drafts; answers are greedy [ours]")
+    check: bool = field(True, "neither refuse drafts nor doubt answers by label-free checks [ours]")
+    teacher: str = field("", "a model that writes the drafts in its place: TT-D [paper]")
+    pairs: str = field("", "file of {id, pairs: [{request, call}]} to be taken as drafts")
+    # T
     lora_rank: int = field(8, "r [paper]")
     lora_alpha: float = field(16.0, "the LoRA's output is scaled by alpha / r [paper]")
-    optimizer: Literal["polyak", "adamw"] = field("polyak", "see `train` [ours]")
-    lr: float = field(0.7, "of a step: see `train` [ours; paper: 1e-4]")
+    optimizer: Literal["polyak", "adamw"] = field("polyak", "the step's length, see --lr [ours]")
+    lr: float = field(1.0, "polyak: share of the loss that a step takes away [ours; paper: 1e-4]")
     epochs: int = field(5, "steps, each on all k pairs [paper: 5, k = 1]")
     adapt: Literal["suffix", "full"] = field("suffix", "LoRA behind the tools [ours], or all over")
+    # running
+    output: str = field("", "file for a JSON row a sample; a run that was cut off goes on")
+    trace: str = field("", "tell the sample of this id step by step")
+    seed: int = field(0, "of drafts, LoRA initialisation and tool order")
+    max_new_tokens: int = field(256, "at most, in a draft or an answer [ours]")
+    device: str = field("auto", "a torch device; auto: cuda, else mps, else cpu")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field("auto", "auto: float32 on cpu")
 
 
 # ------------------------------------------------------------------ Algorithm 1
@@ -173,11 +191,14 @@ def doubtful_tools(result, x, cfg):
 
 
 # ----------------------------------------------------------------- G: self-data
-# FORK HERE: another generation prompt, whose form `outline` and `judge` know
+# FORK HERE: another generation prompt, whose form `outline` and `judge` know. A model that was
+# taught one has it as `draft` in its config.json.
 DRAFT = (
-    "Write a DIFFERENT request of the same kind as the one below, for any of the tools, and its"
-    ' call, as a JSON object {"call": {"name": ..., "arguments": {...}}, "request": "..."} and'
-    " nothing else.\n\n"
+    "{request}\n\n"
+    "That was one user. Now invent a different user, who asks for the same kind of thing, but about"
+    ' something else entirely. Write a JSON object {"call": {"name": ..., "arguments": {...}},'
+    ' "request": "..."} and nothing else. No value may be the same as above, and the request must'
+    " say all values."
 )
 GAP = "\0"  # in an outline: here the model writes a JSON value
 UNSAID = "a value is not in the request"  # maybe in other words: a last resort
@@ -198,10 +219,15 @@ def generate(model, tok, x, after_tools, tools, cfg):
                 rng = draw(cfg.seed, x.id, tool, n)
                 outlines.append(outline(tool, x.schemas[tool], cfg.given, rng, chosen))
                 rngs.append(rng)
-        ids, _ = span(tok, x, DRAFT + x.request)
+        ids, _ = span(tok, x, draft_prompt(model, x.request))
         asking = Prefix(model, ids[:-1], after_tools)
         texts = write(tok, ids, asking, cfg, outlines, rngs)
     return [judge(text, x, cfg) for text in texts]
+
+
+def draft_prompt(model, request):
+    """-> what asks for a draft: DRAFT, or what the model was taught."""
+    return getattr(model.config, "draft", DRAFT).replace("{request}", request)
 
 
 def outline(name, schema, given, rng, chosen=None):
@@ -756,11 +782,18 @@ def load(name, cfg):
     device = cfg.device
     if device == "auto":
         device = f"{found}:{os.environ.get('LOCAL_RANK', 0)}" if found else "cpu"
+    with advising(f"--device {device}"):
+        torch.empty(0, device=device)
     dtype = "float32" if cfg.dtype == "auto" and "cpu" in device else cfg.dtype
-    how = dict(dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False)
-    with advising(f"{name}: give a causal language model with safetensors and chat template"):
-        tok = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    how = {"trust_remote_code": False}
+    advice = f"{name}: give a causal language model with safetensors and chat template"
+    if not Path(name).is_dir():
+        how["local_files_only"] = not hub_answers()
+        advice = f"{name}: no such folder here; of the hub"
+    with advising(advice):
+        tok = transformers.AutoTokenizer.from_pretrained(name, **how)
         tok.get_chat_template()
+        how |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         need(not info["missing_keys"], f"weights are missing: {info['missing_keys']}")
     with advising(f"{name}: give another --device or --dtype"):
@@ -774,6 +807,14 @@ def load(name, cfg):
         need(not changes, f"its positions depend on the length of a text: {rope}")
         try_out(model, tok)
     return model, tok
+
+
+def hub_answers():
+    """Is it in reach? Else its client would try for a minute."""
+    with suppress(OSError):
+        urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+        return True
+    return False
 
 
 def try_out(model, tok):
@@ -877,23 +918,26 @@ def run(cfg):
 
     models = [load(name, cfg) for name in (cfg.model, cfg.teacher) if name]
     model, tok = models[0]
-    key = key_of(cfg, samples, pairs, models)
-    rows = whole_rows(Path(cfg.output), key) if cfg.output else {}
+    head = {"key": key_of(cfg, samples, pairs, models), "run": report(cfg, path, model)}
+    rows = whole_rows(Path(cfg.output), head["key"]) if cfg.output else {}
     if rank == 0:
-        describe(cfg, path, [samples[i] for i in ids], model, tok)
+        print(head["run"])
+        describe(cfg, [samples[i] for i in ids], model, tok)
     try:
         todo = [i for i in ids[rank::world] if i not in rows]
         for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank)):
             sample = samples[i] | ({"pairs": pairs.get(i, [])} if pairs else {})
-            rows[i] = {"key": key} | answer(model, tok, sample, cfg, models[-1])
+            rows[i] = head | answer(model, tok, sample, cfg, models[-1])
             if cfg.output:
                 # One write of one whole line: several processes can share a file.
                 with open(cfg.output, "ab", buffering=0) as file:
                     file.write((json.dumps(rows[i]) + "\n").encode())
                     os.fsync(file)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f" after {len(rows)} of {len(ids)} samples") from None
     finally:  # the table so far, whatever ends the run; of several processes the last's
         if cfg.output:
-            rows |= whole_rows(Path(cfg.output), key)
+            rows |= whole_rows(Path(cfg.output), head["key"])
         if cfg.trace in rows:
             steps = rows[cfg.trace] | {"prompt": "", "label": samples[cfg.trace].get("call")}
             with suppress(InputError):
@@ -904,13 +948,23 @@ def run(cfg):
     return rows
 
 
-def describe(cfg, path, samples, model, tok):
+def report(cfg, path, model):
+    """-> what a report must say of a run."""
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    revision = getattr(model.config, "_commit_hash", None) or "local"
+    places = ("model", "data", "limit", "output", "trace")
+    changed = {k: v for k, v in vars(cfg).items() if v != getattr(Config, k) and k not in places}
+    flags = "".join(f", {name} {value}" for name, value in changed.items())
+    what = f"{cfg.model} ({revision}) on {path}{flags}"
+    return f"ttsi.py {VERSION}, {versions}, {time.strftime('%F')}: {what}"
+
+
+def describe(cfg, samples, model, tok):
     """Prints what a run says first, of data and model."""
     labelled = sum("call" in sample for sample in samples)
     form = "the template's own" if call_form(tok, f"{tok.chat_template}") else "our"
     size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
-    print(f"{len(samples)} samples of {path}, {labelled} labelled")
-    print(f"{cfg.model}: {size}; {form} tool prompts\n")
+    print(f"{len(samples)} samples, {labelled} labelled; {size}; {form} tool prompts\n")
     # In the embedded model's world each tool's name is two tokens.
     names = [tool["name"] for sample in samples for tool in sample["tools"]]
     if is_embedded(cfg) and any(len(tok.tokenize(name)) > 2 for name in names):
@@ -927,7 +981,7 @@ def key_of(cfg, samples, pairs, models):
     known = [samples, pairs, vars(cfg) | dict.fromkeys(places)]
     for model, tok in models:
         weights = [torch.hash_tensor(p.cpu()).item() for p in model.parameters()]
-        known.append([tok.chat_template, weights])
+        known.append([tok.chat_template, draft_prompt(model, ""), weights])
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 
@@ -941,25 +995,53 @@ def tell(steps):
         print(f"\n-- {name:10}{caption}", *lines, sep="\n   ")
 
 
+GROUPS = {"model": "model and data", "tau": "H", "k": "G", "lora_rank": "T", "output": "running"}
+ABOUT = """python ttsi.py [flags]
+       python ttsi.py --model Qwen/Qwen2.5-0.5B-Instruct
+       python ttsi.py --model Qwen/Qwen2.5-1.5B-Instruct --data calls.jsonl --output qwen.jsonl"""
+
+
+def parse_arguments(argv):
+    """The command line -> Config: --paper stands for its flags, which others can follow."""
+    parser = argparse.ArgumentParser(usage=ABOUT, allow_abbrev=False)
+    parser.error = lambda message: need(False, f"{message}; -h explains every flag")
+    parser.add_argument("--version", action="version", version=f"ttsi.py {VERSION}")
+    parser.add_argument(
+        "--paper", action="store_const", default=argparse.SUPPRESS, help=f"is {PAPER}"
+    )
+    for item in dataclasses.fields(Config):
+        if item.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[item.name])
+        flag, how = f"--{item.name}".replace("_", "-"), {"dest": item.name, "default": item.default}
+        how["help"] = item.metadata["help"]
+        if item.type is bool:
+            how["action"], flag = "store_false", flag.replace("--", "--no-")
+        else:
+            how |= {"type": type(item.default), "choices": get_args(item.type) or None}
+            how["help"] += f"; default: {item.default}" * bool(item.default)
+        group.add_argument(flag, **how)
+    argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
+    return Config(**vars(parser.parse_args(argv)))
+
+
 def main(argv):
     """The command line -> {id: row}. Raises InputError, whose text is for the user."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    parser = transformers.HfArgumentParser(Config, epilog=f"--paper stands for {PAPER}")
-    parser.error = lambda message: need(False, f"{message}; -h explains every flag")
-    argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
-    cfg = Config(**vars(parser.parse_args(argv)))
+    cfg = parse_arguments(argv)
     for name in ("k", "drafts", "epochs", "max_new_tokens", "lora_rank"):
-        need(getattr(cfg, name) > 0, f"--{name} must be 1 or more")
+        need(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be 1 or more")
     need(cfg.limit >= 0, "--limit must be 0 or more")
     return run(cfg)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # what a console cannot show
     try:
         main(sys.argv[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
+        print(f"ttsi: stopped{e}", file=sys.stderr)
         sys.exit(130)
     except (InputError, OSError) as e:
         print("ttsi:", " ".join(f"{e}".split()), file=sys.stderr)

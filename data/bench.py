@@ -2,7 +2,7 @@
 
     python data/bench.py --model FOLDER --data FILE --output F.jsonl   # and any flag of ttsi.py
     python data/bench.py --kept --output F.jsonl           # the tables of the rows in that file
-    python data/bench.py grow --model FOLDER --data FILE   # peak memory, and cost by size
+    python data/bench.py --grow --model FOLDER --data FILE # peak memory, and cost by size
     python data/bench.py --quick                           # two items of the embedded model
 
 `generate` is transformers' own, greedy, and ends as ttsi does: behind a call or by an end token.
@@ -11,6 +11,7 @@ scores; as many free drafts, in one batch; a LoRA, wrapped once and reset for ea
 on all tokens, so its steps, as many and on ttsi's pairs, and the answer read whole prompts.
 """
 
+import argparse
 import copy
 import dataclasses
 import importlib.util
@@ -67,7 +68,7 @@ def competent(model, tok, cfg, sample, result):
     with model.disable_adapter():
         after_tools = ttsi.Prefix(model, x.ids[: x.head])
         margin = ttsi.margin(ttsi.score(x, ttsi.Prefix(model, x.ids[:-1], after_tools)))
-        ids, _ = ttsi.span(tok, x, ttsi.DRAFT + x.request)
+        ids, _ = ttsi.span(tok, x, ttsi.draft_prompt(model, x.request))
         how = {"cache": ttsi.Prefix(model, ids[:-1], after_tools).copy(drafts), "do_sample": True}
         how |= {"temperature": cfg.temperature, "top_k": 0, "top_p": 1.0}
         generate(model, tok, cfg, ids, num_return_sequences=drafts, **how)
@@ -155,29 +156,27 @@ def grow(model, tok, cfg, samples):
 
 
 def main(argv=None):
-    parser = transformers.HfArgumentParser(ttsi.Config, usage=__doc__.split("\n\n")[1])
-    parser.error = lambda text: ttsi.need(False, f"{text}; -h explains every flag")
-    parser.set_defaults(limit=20)
-    parser.add_argument("part", nargs="?", choices=["costs", "grow"], default="costs")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--grow", action="store_true", help="peak memory, and cost by size")
     parser.add_argument("--kept", action="store_true", help="the table of --output as it is")
     parser.add_argument("--quick", action="store_true", help="two items, one round")
-    args = vars(parser.parse_args(argv))
-    part, kept, quick = (args.pop(name) for name in ("part", "kept", "quick"))
-    cfg = ttsi.Config(**args | {"tau": 2.0})
-    if kept:
+    args, flags = parser.parse_known_args(argv)
+    cfg = ttsi.parse_arguments(["--limit", "2" if args.quick else "20", *flags])
+    cfg = dataclasses.replace(cfg, tau=2.0)
+    if args.kept:
         with ttsi.advising("--kept: give an --output of this bench"):
             print(table([*map(json.loads, Path(cfg.output).read_text().splitlines())]))
         return
     transformers.logging.disable_progress_bar()
-    limit, rounds = (2, 1) if quick else (cfg.limit or None, 2)
     data = "demo.jsonl" if cfg.model == ttsi.Config.model else "everyday.jsonl"
     every = ttsi.read_jsonl(cfg.data or ttsi.DATA / data, ttsi.to_sample)
-    samples = [*every.values()][:limit]
+    samples = [*every.values()][: cfg.limit or None]
     model, tok = ttsi.load(cfg.model, cfg)
     # generate reads no more of it than ttsi does.
     ends = model.generation_config.eos_token_id or tok.eos_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends)
-    if part == "grow":
+    if args.grow:
         return grow(model, tok, cfg, samples)
     peft_model = wrapped(model, cfg) if importlib.util.find_spec("peft") else None
     where = f"{model.dtype}, {model.device}, threads: {torch.get_num_threads()}"
@@ -185,7 +184,7 @@ def main(argv=None):
     rows = ttsi.whole_rows(Path(cfg.output), key) if cfg.output else {}
     measure(model, tok, cfg, peft_model, samples[0], 1)  # to warm up
     for sample in ttsi.tqdm([sample for sample in samples if sample["id"] not in rows]):
-        row = {"key": key} | measure(model, tok, cfg, peft_model, sample, rounds)
+        row = {"key": key} | measure(model, tok, cfg, peft_model, sample, 2 - args.quick)
         rows[row["id"]] = row
         if cfg.output:
             with open(cfg.output, "a") as file:

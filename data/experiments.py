@@ -7,9 +7,10 @@
     python data/experiments.py --kept                    # tables and figures of kept rows alone
     python data/experiments.py real --quick              # does all of it run? Keeps nothing
 
-Rows go to data/results/rows/ as they come; a run that was cut off goes on. Of data that does not
-lie in this folder they hold no texts: these go to runs/texts/, where methods that share TT-SI's
-pairs find them. Tables and figures are made of rows alone, into data/results/.
+Rows go to data/results/rows/ as they come; a run that was cut off goes on. Processes share those of
+a method by RANK and WORLD_SIZE, as torchrun sets them. Of data that does not lie in this folder
+they hold no texts: these go to runs/texts/, where methods that share TT-SI's pairs find them.
+Tables and figures are made of rows alone, into data/results/.
 """
 
 import argparse
@@ -119,6 +120,20 @@ def answered(model, x, ids, cfg, decision, outline=("",)):
     return result
 
 
+def struck(model, tok, sample, cfg, row):
+    """No training: the direct answer, without optional arguments that the request does not say."""
+    x, text = ttsi.prepare(tok, sample, cfg), row["direct"]
+    cost = {stage: row["cost"][stage] for stage in ("read", "direct")}
+    result = ttsi.Result(x.id, cost=cost, decision="struck out")
+    call = ttsi.parse(text)
+    if call and call["name"] in x.schemas:
+        kept = x.schemas[call["name"]]["required"]
+        said = {k: v for k, v in call["arguments"].items() if k in kept or ttsi.said(v, x.request)}
+        text = ttsi.dumps(call | {"arguments": said})
+    result.answer = text
+    return result
+
+
 def alike(a, b):
     """The share of common words among all words of two texts."""
     a, b = (set(re.findall(r"\w+", text.casefold())) for text in (a, b))
@@ -225,6 +240,10 @@ def pairs_of(lab, seed, i):
     return lab.texts("default", seed)[i]["pairs"]
 
 
+def direct_of(lab, seed, i):
+    return lab.texts("default", seed)[i]
+
+
 def other_of(lab, seed, i):
     """-> the next sample that has pairs, without its label, and these pairs as `kept`."""
     rows = lab.texts("default", seed)
@@ -292,6 +311,7 @@ METHODS = {
     "rest": Method("adapt the certain alone", adapted, on="certain"),
     "paper": Method("the paper's setting", ttsi.tt_si, "--paper"),
     "anothers": Method("another item's pairs", anothers, needs=other_of),
+    "struck": Method("unsaid options struck out by rule", struck, on="all", needs=direct_of),
     "nearest": Method("nearest pair's tool, no training", nearest_tool, needs=pairs_of),
     "icl": Method("pairs in the prompt (TT-ICL)", shown, needs=pairs_of),
     "bias": Method("a bias vector for the LoRA", biased, needs=pairs_of),
@@ -323,11 +343,22 @@ OF_T = {"lr", "epochs", "optimizer", "adapt", "lora_rank", "lora_alpha"}
 OF_H = {"model", "data", "seed", "dtype", "device", "shuffle", "max_new_tokens"}
 OF_ALL = ("read", "direct", "score")  # stages that no gate can spare
 
-CONTROLS = ["anothers", "nearest", "icl", "vote", "best", "bias", "sft", "neighbours", "itself"]
+CONTROLS = [
+    "struck",
+    "anothers",
+    "nearest",
+    "icl",
+    "vote",
+    "best",
+    "bias",
+    "sft",
+    "neighbours",
+    "itself",
+]
 GROUPS = {  # group -> {table: its lines}
     "own": {"own": ["default", ALL, "rest", "anothers", "nearest", "icl", "teacher"]},
     "real": {"real": ["default", "paper", ALL, "rest"], "controls": CONTROLS},
-    "choice": {"choice": ["default", *CELLS]},
+    "choice": {"choice": ["default", "struck", "itself", *CELLS]},
 }
 PLACES = {"own world": ["test"], "Seal-Tools": ["canonical_294", "sealtool"]}
 PLACES |= {"ToolAlpaca": ["canonical_real", "toolalpaca"], "NexusRaven": ["canonical_318"]}
@@ -336,10 +367,8 @@ PLACES |= {"API-Bank": ["canonical_l1", "canonical_l2", "apibank_l1", "apibank_l
 
 def config(flags):
     """Flags of ttsi.py -> Config."""
-    parser = transformers.HfArgumentParser(ttsi.Config)
-    parser.error = lambda message: ttsi.need(False, f"flags {flags!r}: {message}")
-    (cfg,) = parser.parse_args_into_dataclasses(flags.replace("--paper", ttsi.PAPER).split())
-    return cfg
+    with ttsi.advising(f"flags {flags!r}"):
+        return ttsi.parse_arguments(flags.split())
 
 
 def method_of(name):
@@ -458,13 +487,17 @@ class Lab:
         whole = path if self.is_ours else self.beside(path)
         for file in {path, whole}:
             begin(file, head)
-        for i in tqdm(missing, desc=path.stem):
+        rank, world = (int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+        for i in tqdm(missing[rank::world], desc=path.stem):
             row = self.row(name, seed, i)
             append(whole, row)
             if not self.is_ours:
                 append(path, slim(row))
+        rows = read_rows(path)[1]
+        left = len({*missing} - rows.keys())
+        ttsi.need(not left, f"{path}: another process has {left} rows to make; then run this again")
         pack(path)
-        return read_rows(path)[1]
+        return rows
 
     def row(self, name, seed, i):
         """-> what a method does with a sample. Only then is the sample's label looked at."""
@@ -557,7 +590,7 @@ def pack(path):
     part = path.with_suffix(".part")
     part.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
     os.replace(part, path.with_suffix(".jsonl.gz"))
-    path.unlink()
+    path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------- tables

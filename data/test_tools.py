@@ -397,7 +397,7 @@ def test_a_run_that_was_cut_off_makes_what_is_missing_alone(tmp_path, monkeypatc
     assert [r["answer"] for r in again.values()] == [r["answer"] for r in rows.values()]
     assert packed.exists() and not path.exists(), "whole files are packed"
     with pytest.raises(ttsi.InputError, match="other settings"):
-        lab_of(tmp_path, flags="--max_new_tokens 99").rows("default", 0)
+        lab_of(tmp_path, flags="--max-new-tokens 99").rows("default", 0)
 
 
 def test_other_settings_of_t_train_on_the_pairs_of_the_default(lab):
@@ -552,7 +552,7 @@ def test_the_table_of_the_bench_by_hand():
 
 def test_the_bench_grows(capsys, monkeypatch):
     monkeypatch.setattr(bench, "SIZES", [(6, 2, 1)])
-    bench.main(["grow", "--quick"])
+    bench.main(["--grow", "--quick"])
     assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["6", "2", "1"]
 
 
