@@ -8,11 +8,11 @@
 
 Departures from the paper, and choices where it is silent:
  1. x is answered first. A call with a flaw, as a value that x does not say, is uncertain, too.
- 2. One pair for each of the two likeliest tools, or none, whose tool and keys are dictated.
+ 2. A pair for each of the two likeliest tools, its tool and keys dictated; if one fails, none.
  3. A pair is written call first, and a copy of x is never trained on.
  4. Polyak's step, on the tokens of the calls alone, no warm-up.
  5. The LoRA acts behind the tools only (--adapt suffix): their cache serves every stage.
- 6. Tools are offered in a seeded order (--shuffle): benchmarks list the right one first.
+ 6. Tools are offered in a seeded order: benchmarks list the right one first (--no-shuffle).
 --paper undoes 2 and 5, of 1 that flaws count, and of 4 the step.
 
 N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. In a span (ids, begin),
@@ -39,14 +39,9 @@ from types import SimpleNamespace
 from typing import Literal, get_args
 from urllib.request import urlopen
 
-if __name__ == "__main__":
-
-    def stop(*_):
-        """For Ctrl-C while torch is loading: it catches exceptions in between."""
-        os.write(2, b"ttsi: stopped before the first sample\n")
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, stop)
+if __name__ == "__main__":  # Ctrl-C while torch is loading, which swallows exceptions
+    note = b"ttsi: stopped before the first sample\n"
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, note), os._exit(130)))
 
 import torch
 import transformers
@@ -68,7 +63,7 @@ class Config:  # every field is a flag; [paper]: stated there or reported; [ours
     model: str = field(f"{DATA}/model", "folder or hub name; default: the embedded model")
     data: str = field("", "JSON lines; default: everyday.jsonl, embedded model: demo.jsonl")
     limit: int = field(0, "only the first so many samples; 0: all")
-    # H
+    # H; where the default is True, the flag is --no-..., and the text is of that
     tau: float = field(0.95, "adapt where the margin is below; 2: always, 0: never [paper]")
     shuffle: bool = field(True, "offer the tools in the file's order, not a seeded one [ours]")
     # G
@@ -82,7 +77,7 @@ class Config:  # every field is a flag; [paper]: stated there or reported; [ours
     # T
     lora_rank: int = field(8, "r [paper]")
     lora_alpha: float = field(16.0, "the LoRA's output is scaled by alpha / r [paper]")
-    optimizer: Literal["polyak", "adamw"] = field("polyak", "the step's length, see --lr [ours]")
+    optimizer: Literal["polyak", "adamw"] = field("polyak", "of a step; adamw wants an --lr [ours]")
     lr: float = field(1.0, "polyak: share of the loss that a step takes away [ours; paper: 1e-4]")
     epochs: int = field(5, "steps, each on all k pairs [paper: 5, k = 1]")
     adapt: Literal["suffix", "full"] = field("suffix", "LoRA behind the tools [ours], or all over")
@@ -100,8 +95,8 @@ class Config:  # every field is a flag; [paper]: stated there or reported; [ours
 class Result:  # what Algorithm 1 did with one input, as --trace tells it
     id: str
     direct: str = field("", "what the base writes")
-    flaw: str = field("", "what label-free checks say of that; if anything: uncertain")
-    logp: dict = field(None, "H: l_n of each tool, nats, but for tokens that all share")
+    flaw: str = field("", "what label-free checks say of that: it is uncertain, too")
+    logp: dict = field(None, "H: l_n of each tool, nats, without what all have in common")
     margin: float = field(None, "H: u = p(1) - p(2), from 0 to 1; uncertain below tau")
     drafts: list = field((), "G: all that were written, with what the checks say")
     pairs: list = field((), "G: those to train on")
@@ -158,7 +153,7 @@ def tt_si(model, tok, sample, cfg, writer=None):
 # ------------------------------------------------------------ H: self-awareness
 @torch.no_grad()
 def score(x, after_prompt):
-    """H. -> {tool name: l_n, nats}, but for what all candidates have in common."""
+    """H. -> {tool name: l_n, nats}, without what all candidates have in common."""
     logp = []  # N
     for i in range(0, len(x.candidates), 8):  # so that memory does not grow with N
         logp += logprob(x.candidates[i : i + 8], after_prompt).tolist()
@@ -201,7 +196,7 @@ DRAFT = (
     " say all values."
 )
 GAP = "\0"  # in an outline: here the model writes a JSON value
-UNSAID = "a value is not in the request"  # maybe in other words: a last resort
+UNSAID = "a value is not in the request"  # or in other words: used if no other pair is kept
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
 TYPES |= {"array": [list], "object": [dict]}
 
@@ -212,6 +207,7 @@ def generate(model, tok, x, after_tools, tools, cfg):
     texts = x.supplied
     if texts is None:
         outlines, rngs = [], []
+        # Optional keys: of the called tool those that x says, of another a draw.
         known = {key for key, value in x.call["arguments"].items() if said(value, x.request)}
         for tool in tools:
             chosen = known if tool == x.call["name"] else None
@@ -270,7 +266,7 @@ def judge(text, x, cfg):
 
 
 def copies(request, turn):
-    """Does a request hold the words of a turn of x in their order, or none at all?"""
+    """Does a request hold all words of a turn of x, three or more, or has it no word at all?"""
     texts = request.casefold(), turn.casefold()
     new, old = (" ".join(re.findall(r"\w+", text)) for text in texts)
     return new in ("", old) or (old.count(" ") > 1 and f" {old} " in f" {new} ")
@@ -298,7 +294,7 @@ def flaw(call, request, x):  # FORK HERE: checks of your own
 
 
 def lists_all(schema):
-    """Are a tool's arguments its schema's properties? It may say in another way what it allows."""
+    """Are all of a tool's arguments among its properties? With anyOf, say, they may not be."""
     return bool(schema["properties"]) or schema == EMPTY
 
 
@@ -325,7 +321,7 @@ def choose(drafts, tools, cfg):
 # ---------------------------------------------------------- T: self-improvement
 @contextmanager  # FORK HERE: another adapter
 def temporary_lora(model, cfg, rng):
-    """A LoRA on every linear layer -> its parameters. Leaving the block is the reset.
+    """A LoRA on every linear layer of the decoder -> its parameters. Leaving the block resets.
 
     x --+-- W, frozen --------------------------------+--> y     A uniform, +-1/sqrt(d_in);
         '-- A (d_in, r) -- B (r, d_out) -- alpha / r -'          B = 0: nothing changes yet
@@ -396,8 +392,9 @@ class Prefix:
         """Reads new (R, T) behind a cache, in place -> (R, keep, V) the last logits."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        # Places: given a number, the head makes R copies of itself.
+        # Places, no number: of a slice the output layer would make a copy of its weight a row.
         last = torch.arange(new.shape[1])[-keep:]
+        # `cache` is what was `past_key_values` before transformers 5.24.
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=last).logits
 
 
@@ -414,7 +411,8 @@ def measured(model, cost, stage):
 
 
 def logprob(spans, prefix):
-    """-> (R,) nats: of R spans (ids, begin), log P of ids[begin:] behind ids[:begin].
+    """-> (R,) nats: of R spans (ids, begin), log P of ids[begin:] behind ids[:begin]. The prefix
+    ends before any begin.
 
     tokens   t0    t1    t2    t3      the logits at one position
     logits   '---> '---> '---> '       predict the token at the next
@@ -442,14 +440,17 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     rows = []
     for (text, *parts), rng in zip(outlines, rngs, strict=True):
-        # Its text so far, parts to come, all tokens, and those of them that are not read yet.
+        # text: dictated or whole so far; parts: to be dictated behind values; ids: of all text;
+        # queue: those of them that are not read yet.
         row = SimpleNamespace(text=text, parts=parts, ids=[], queue=[], rng=rng, over=False)
         if text:
             force(tok, row)
         row.queue = ids[len(prefix.ids) :] + row.queue
         rows.append(row)
     cache, going = prefix.copy(len(rows)), rows
-    length = len(prefix.ids) - len(ids)  # of the texts, as far as they are read
+    length = len(prefix.ids) - len(
+        ids
+    )  # of the texts, as far as they are read; < 0: not all of ids
     while going and length < cfg.max_new_tokens - 1:
         n = min(len(row.queue) for row in going)
         new = torch.tensor([row.queue[:n] for row in going])  # (R, n)
@@ -463,9 +464,7 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
                     p = (scores / cfg.temperature).softmax(-1)  # (V,)
                     token = torch.multinomial(p, 1, generator=row.rng)
                 row.queue = [token.item()]
-                row.over = row.queue[0] in ends
-                if not row.over:
-                    row.over = take(tok, row)
+                row.over = row.queue[0] in ends or take(tok, row)
         stay = [i for i, row in enumerate(going) if not row.over]
         if len(stay) < len(going):
             cache.batch_select_indices(torch.tensor(stay, dtype=torch.long))
@@ -473,8 +472,8 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     return [tok.decode(row.ids) if row.parts else row.text for row in rows]
 
 
-# Values that may come behind a part, by its last character: tokens that are the same
-# whatever value it is can be forced.
+# Values that may come behind a part, by its last character. A token may hold the part's end and
+# the value's begin: only those tokens are forced that are the same for all of these values.
 BEHIND = {
     "{": ('"call": {"name": "a', '"request": "a'),
     ":": (' "a', " 1", ' {"a', " [1", " t"),
@@ -501,7 +500,7 @@ def take(tok, row):
     agrees = written[: len(row.text)] == row.text[: len(written)]
     end = json_end(written[begin:]) if agrees else -1
     if end > 0:
-        # The token is not read yet, and may hold more than the value's end: it is replaced.
+        # The token is not added, as it may hold more than the value's end: `force` spells that.
         row.text = written[: begin + end] + row.parts.pop(0)
         if row.parts:
             force(tok, row)
@@ -527,7 +526,9 @@ def draw(*key):
 
 
 def prepare(tok, sample, cfg):
-    """-> x: all that Algorithm 1 sees of a sample, which is everything but its label."""
+    """-> x: all that Algorithm 1 sees of a sample, which is everything but its label: the dialogue
+    (request, turns), tools and schemas, ids of the prompt, of which `head` many hold the tools,
+    and candidates, as spans."""
     tools, messages = sample["tools"], sample["messages"]
     if cfg.shuffle:
         # By seed and names alone: neither the file's order nor the label shows.
@@ -541,7 +542,7 @@ def prepare(tok, sample, cfg):
     x.request = transcript([m for m in messages if m["role"] != "system"])
     x.turns = [m["content"] for m in messages if m["role"] == "user"]
     x.ids, _ = encode(tok, tools, messages)
-    # Up to the tools two prompts are the same, but for a token that a request may merge with.
+    # Two prompts are the same to the tools' end, but for a token that a request may merge with.
     other, _ = span(tok, x, "-")
     x.head = max(len(os.path.commonprefix([x.ids, other])) - 1, 0)
     # A candidate ends with the token that closes its name, or `book` always beats `book_room`.
@@ -978,7 +979,7 @@ def is_embedded(cfg):
 def key_of(cfg, samples, pairs, models):
     """-> what rows of one file share: settings, data and weights, wherever they lie."""
     places = ("limit", "output", "trace", "model", "teacher", "data", "pairs")
-    known = [samples, pairs, vars(cfg) | dict.fromkeys(places)]
+    known = [VERSION, samples, pairs, vars(cfg) | dict.fromkeys(places)]
     for model, tok in models:
         weights = [torch.hash_tensor(p.cpu()).item() for p in model.parameters()]
         known.append([tok.chat_template, draft_prompt(model, ""), weights])
