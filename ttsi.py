@@ -299,7 +299,9 @@ def lists_all(schema):
 
 
 def said(value, request):
-    """Does a request hold a value? Only texts and numbers are looked for."""
+    """Does a request hold a value? Only texts and numbers are looked for; none says nothing."""
+    if value in ("", [], {}):
+        return False
     if type(value) in (int, float):
         number = re.escape(str(value).removesuffix(".0"))  # not within another
         return bool(re.search(rf"(?<![\d.]){number}(?!\.?\d)", request))
