@@ -79,7 +79,7 @@ def main(argv=None):
         model, tok = get_base(args.base)
         add_delta(model)
         tok.chat_template = TEMPLATE
-        own = transformers.AutoConfig.from_pretrained(DELTA.parent / "model")
+        own = transformers.AutoConfig.from_pretrained(Path(__file__).parent / "model")
         model.config.draft = own.draft  # what asked for drafts in its training
         model.half().save_pretrained(args.out)
         tok.save_pretrained(args.out)

@@ -400,6 +400,17 @@ def test_a_run_that_was_cut_off_makes_what_is_missing_alone(tmp_path, monkeypatc
         lab_of(tmp_path, flags="--max-new-tokens 99").rows("default", 0)
 
 
+def test_processes_share_the_rows_of_a_method(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ttsi.InputError, match="another process has 1 rows to make"):
+        lab_of(tmp_path).rows("default", 0)
+    monkeypatch.setenv("RANK", "0")
+    rows = lab_of(tmp_path).rows("default", 0)
+    path = lab_of(tmp_path).path("default", 0)
+    assert len(rows) == 2 and not path.exists(), "not whole, or not packed"
+
+
 def test_other_settings_of_t_train_on_the_pairs_of_the_default(lab):
     for i, row in lab.rows("default", 0).items():
         sample = experiments.unlabelled(lab.samples[i])
@@ -524,6 +535,15 @@ def test_experiments_refuse_bad_input_in_one_line(argv, why):
     with pytest.raises(ttsi.InputError, match=why) as e:
         experiments.main(argv.split())
     assert "\n" not in str(e.value)
+
+
+def test_the_front_page_says_what_the_rows_say(capsys):
+    page = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    told = re.findall(r"`python data/experiments\.py (.*?)`.*\| (.*?) \|$", page, re.M)
+    assert told, "README has no row of the experiments"
+    for command, difference in told:
+        experiments.main(command.split())
+        assert f"| {difference} |" in capsys.readouterr().out, f"{command}: not {difference}"
 
 
 # -------------------------------------------------------------------------------- the bench
