@@ -31,7 +31,7 @@ import ttsi
 
 HERE = Path(__file__).resolve().parent
 SOURCE, README = ((HERE / name).read_text() for name in ("ttsi.py", "README.md"))
-MOST = 1048  # lines of ttsi.py
+MOST = 1055  # lines of ttsi.py
 FLAGS = {field.name for field in fields(ttsi.Config)} | {"paper"}
 SLOW = bool(os.environ.get("SLOW"))
 torch.set_num_threads(1)  # for models as small as these more would wait for one another
@@ -427,6 +427,14 @@ def test_an_answer_with_a_flaw_is_uncertain_about_its_tool():
         x.call = call or {"name": "", "arguments": {}}
         result = ttsi.Result("b", logp=sure, margin=margin, flaw=ttsi.flaw(x.call, x.request, x))
         assert ttsi.doubtful_tools(result, x, replace(FIRST, **how)) == want, (call, margin, how)
+
+
+# Guards: another prompt for drafts than a model was taught, or than DRAFT for all others.
+def test_what_asks_for_drafts():
+    taught = json.loads((HERE / "data/model/config.json").read_text())["draft"]
+    assert taught.startswith("Write a DIFFERENT request") and taught.endswith("\n\n{request}")
+    assert ttsi.draft_prompt(MODEL, "q {}") == taught.replace("{request}", "q {}")
+    assert ttsi.draft_prompt(LLAMA, "q {}").startswith("q {}\n\nThat was one user. Now invent")
 
 
 # Guards: keys that a schema does not have, optional keys always or never, wrong quotes.
@@ -940,13 +948,16 @@ def test_what_a_person_sees(tmp_path):
 # Guards: a traceback of an import that is cut off; a hub's client that tries for a minute.
 def test_before_there_is_a_model(monkeypatch):
     child = subprocess.Popen([sys.executable, HERE / "ttsi.py"], stderr=subprocess.PIPE, text=True)
-    time.sleep(0.5)  # python is up, torch is not
+    while "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text():  # it is loading
+        time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     told = (child.communicate()[1], child.returncode)
     assert told == ("ttsi: stopped before the first sample\n", 130)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ttsi.InputError, match="^nobody/none: no such folder here; of the hub: "):
+    began = time.time()
+    with pytest.raises(ttsi.InputError, match="^nobody/none: no such folder here; of the hub, "):
         ttsi.load("nobody/none", ttsi.Config())
+    assert time.time() - began < 10 and not ttsi.hub_answers(), "its client tried for a minute"
     with pytest.raises(ttsi.InputError, match="^--device cuda:77: "):
         ttsi.load(ttsi.Config.model, ttsi.Config(device="cuda:77"))
 

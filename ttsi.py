@@ -28,20 +28,21 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import unicodedata
+import urllib.request
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, get_args
-from urllib.request import urlopen
 
 if __name__ == "__main__":  # Ctrl-C while torch is loading, which swallows exceptions
     note = b"ttsi: stopped before the first sample\n"
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, note), os._exit(130)))
+    was = signal.signal(signal.SIGINT, lambda *_: (os.write(2, note), os._exit(130)))
 
 import torch
 import transformers
@@ -50,7 +51,6 @@ from tqdm import tqdm
 
 VERSION = "3.0"
 DATA = Path(__file__).parent / "data"
-PAPER = "--k 1 --drafts 1 --given nothing --no-check --optimizer adamw --lr 1e-4 --adapt full"
 
 
 def field(default, text):
@@ -71,7 +71,7 @@ class Config:  # every field is a flag; [paper]: stated there or reported; [ours
     drafts: int = field(4, "written for each of these tools, at once [ours; paper: 1]")
     given: Literal["keys", "name", "nothing"] = field("keys", "what of a call is dictated [ours]")
     temperature: float = field(0.9, "of drafts; answers are greedy [ours]")
-    check: bool = field(True, "neither refuse drafts nor doubt answers by label-free checks [ours]")
+    check: bool = field(True, "do not check drafts (but for copies of x) and answers [ours]")
     teacher: str = field("", "a model that writes the drafts in its place: TT-D [paper]")
     pairs: str = field("", "file of {id, pairs: [{request, call}]} to be taken as drafts")
     # T
@@ -266,7 +266,7 @@ def judge(text, x, cfg):
 
 
 def copies(request, turn):
-    """Does a request hold all words of a turn of x, three or more, or has it no word at all?"""
+    """Does a request hold the words of a turn of x (three or more, or nothing else), or none?"""
     texts = request.casefold(), turn.casefold()
     new, old = (" ".join(re.findall(r"\w+", text)) for text in texts)
     return new in ("", old) or (old.count(" ") > 1 and f" {old} " in f" {new} ")
@@ -788,12 +788,12 @@ def load(name, cfg):
     with advising(f"--device {device}"):
         torch.empty(0, device=device)
     dtype = "float32" if cfg.dtype == "auto" and "cpu" in device else cfg.dtype
-    how = {"trust_remote_code": False}
-    advice = f"{name}: give a causal language model with safetensors and chat template"
-    if not Path(name).is_dir():
-        how["local_files_only"] = not hub_answers()
-        advice = f"{name}: no such folder here; of the hub"
-    with advising(advice):
+    is_folder = Path(name).is_dir()
+    where = "" if is_folder else "no such folder here; of the hub, "
+    with advising(
+        f"{name}: {where}give a causal language model with safetensors and chat template"
+    ):
+        how = {"trust_remote_code": False, "local_files_only": is_folder or not hub_answers()}
         tok = transformers.AutoTokenizer.from_pretrained(name, **how)
         tok.get_chat_template()
         how |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
@@ -814,10 +814,12 @@ def load(name, cfg):
 
 def hub_answers():
     """Is it in reach? Else its client would try for a minute."""
-    with suppress(OSError):
-        urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
-        return True
-    return False
+    try:
+        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        urllib.request.urlopen(url, timeout=5).close()
+    except urllib.error.URLError as e:  # or it answers, be it that this is no page
+        return not isinstance(e.reason, (socket.gaierror, ConnectionError, TimeoutError))
+    return True
 
 
 def try_out(model, tok):
@@ -937,7 +939,8 @@ def run(cfg):
                     file.write((json.dumps(rows[i]) + "\n").encode())
                     os.fsync(file)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f" after {len(rows)} of {len(ids)} samples") from None
+        done = sum(i in rows for i in ids)
+        raise KeyboardInterrupt(f"after {done} of {len(ids)} samples") from None
     finally:  # the table so far, whatever ends the run; of several processes the last's
         if cfg.output:
             rows |= whole_rows(Path(cfg.output), head["key"])
@@ -958,7 +961,7 @@ def report(cfg, path, model):
     places = ("model", "data", "limit", "output", "trace")
     changed = {k: v for k, v in vars(cfg).items() if v != getattr(Config, k) and k not in places}
     flags = "".join(f", {name} {value}" for name, value in changed.items())
-    what = f"{cfg.model} ({revision}) on {path}{flags}"
+    what = f"{cfg.model} ({revision}, {model.dtype}, {model.device}) on {path}{flags}"
     return f"ttsi.py {VERSION}, {versions}, {time.strftime('%F')}: {what}"
 
 
@@ -966,7 +969,7 @@ def describe(cfg, samples, model, tok):
     """Prints what a run says first, of data and model."""
     labelled = sum("call" in sample for sample in samples)
     form = "the template's own" if call_form(tok, f"{tok.chat_template}") else "our"
-    size = f"{model.num_parameters():,} parameters, {model.dtype}, {model.device}"
+    size = f"{model.num_parameters():,} parameters"
     print(f"{len(samples)} samples, {labelled} labelled; {size}; {form} tool prompts\n")
     # In the embedded model's world each tool's name is two tokens.
     names = [tool["name"] for sample in samples for tool in sample["tools"]]
@@ -998,6 +1001,7 @@ def tell(steps):
         print(f"\n-- {name:10}{caption}", *lines, sep="\n   ")
 
 
+PAPER = "--k 1 --drafts 1 --given nothing --no-check --optimizer adamw --lr 1e-4 --adapt full"
 GROUPS = {"model": "model and data", "tau": "H", "k": "G", "lora_rank": "T", "output": "running"}
 ABOUT = """python ttsi.py [flags]
        python ttsi.py --model Qwen/Qwen2.5-0.5B-Instruct
@@ -1005,7 +1009,7 @@ ABOUT = """python ttsi.py [flags]
 
 
 def parse_arguments(argv):
-    """The command line -> Config: --paper stands for its flags, which others can follow."""
+    """The command line -> Config. Where --paper and another flag disagree, that one holds."""
     parser = argparse.ArgumentParser(usage=ABOUT, allow_abbrev=False)
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
     parser.add_argument("--version", action="version", version=f"ttsi.py {VERSION}")
@@ -1021,7 +1025,7 @@ def parse_arguments(argv):
             how["action"], flag = "store_false", flag.replace("--", "--no-")
         else:
             how |= {"type": type(item.default), "choices": get_args(item.type) or None}
-            how["help"] += f"; default: {item.default}" * bool(item.default)
+            how["help"] += f"; default: {item.default}" * (item.type is not str)
         group.add_argument(flag, **how)
     argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
     return Config(**vars(parser.parse_args(argv)))
@@ -1039,12 +1043,12 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, was)
     sys.stdout.reconfigure(errors="backslashreplace")  # what a console cannot show
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt as e:
-        print(f"ttsi: stopped{e}", file=sys.stderr)
+        print("ttsi: stopped", f"{e}" or "before the first sample", file=sys.stderr)
         sys.exit(130)
     except (InputError, OSError) as e:
         print("ttsi:", " ".join(f"{e}".split()), file=sys.stderr)

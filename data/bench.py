@@ -1,6 +1,6 @@
 """What an answer costs, beside what a user would write otherwise: whole answers, timed in turn.
 
-    python data/bench.py --model FOLDER --data FILE --output F.jsonl   # and any flag of ttsi.py
+    python data/bench.py --model FOLDER --data FILE --output F.jsonl   # ttsi.py's flags, but --tau
     python data/bench.py --kept --output F.jsonl           # the tables of the rows in that file
     python data/bench.py --grow --model FOLDER --data FILE # peak memory, and cost by size
     python data/bench.py --quick                           # two items of the embedded model

@@ -7,10 +7,10 @@
     python data/experiments.py --kept                    # tables and figures of kept rows alone
     python data/experiments.py real --quick              # does all of it run? Keeps nothing
 
-Rows go to data/results/rows/ as they come; a run that was cut off goes on. Processes share those of
-a method by RANK and WORLD_SIZE, as torchrun sets them. Of data that does not lie in this folder
-they hold no texts: these go to runs/texts/, where methods that share TT-SI's pairs find them.
-Tables and figures are made of rows alone, into data/results/.
+Rows go to data/results/rows/ as they come; a run that was cut off goes on. With RANK and WORLD_SIZE
+in the environment, processes share those of a method, and a last one without packs them. Of data
+that does not lie in this folder rows hold no texts: these go to runs/texts/, where methods that
+share TT-SI's pairs find them. Tables and figures are made of rows alone, into data/results/.
 """
 
 import argparse
@@ -40,6 +40,7 @@ import ttsi  # noqa: E402
 
 RESULTS = HERE / "results"
 TEXTS = HERE.parent / "runs" / "texts"
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LABELS, SFT_BATCH, SFT_EPOCHS, SFT_RATE = 200, 2, 3, 0.1
 
 
@@ -327,7 +328,7 @@ ALL = "adapt all (tau 2)"  # the rows of two methods, `default` and `rest`
 # What `choice` compares: FORK HERE. A cell that changes T alone takes the pairs of the default.
 CELLS = {
     "rate-0.4": "--lr 0.4",
-    "rate-1": "--lr 1",
+    "rate-0.7": "--lr 0.7",
     "3-steps": "--epochs 3",
     "10-steps": "--epochs 10",
     "adapt-full": "--adapt full",
@@ -368,7 +369,7 @@ PLACES |= {"API-Bank": ["canonical_l1", "canonical_l2", "apibank_l1", "apibank_l
 def config(flags):
     """Flags of ttsi.py -> Config."""
     with ttsi.advising(f"flags {flags!r}"):
-        return ttsi.parse_arguments(flags.split())
+        return ttsi.parse_arguments(flags.replace("--paper", ttsi.PAPER).split())
 
 
 def method_of(name):
@@ -423,6 +424,8 @@ class Lab:
                 return None
             if missing:
                 rows = self.make(name, seed, path, missing)
+            if path.exists() and WORLD == 1 and not self.args.kept:
+                pack(path)
             self.known[name, seed] = {i: rows[i] for i in chosen}
         return self.known[name, seed]
 
@@ -487,16 +490,15 @@ class Lab:
         whole = path if self.is_ours else self.beside(path)
         for file in {path, whole}:
             begin(file, head)
-        rank, world = (int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-        for i in tqdm(missing[rank::world], desc=path.stem):
+        mine = {*self.chosen(name, seed)[RANK::WORLD]}
+        for i in tqdm([i for i in missing if i in mine], desc=path.stem):
             row = self.row(name, seed, i)
             append(whole, row)
             if not self.is_ours:
                 append(path, slim(row))
         rows = read_rows(path)[1]
         left = len({*missing} - rows.keys())
-        ttsi.need(not left, f"{path}: another process has {left} rows to make; then run this again")
-        pack(path)
+        ttsi.need(not left, f"{path}: {left} rows are left to other processes; then run this again")
         return rows
 
     def row(self, name, seed, i):
@@ -546,7 +548,7 @@ def slim(row):
 
 
 def weights(folder):
-    names = ("*.safetensors", "tokenizer.json", "*.jinja")
+    names = ("*.safetensors", "tokenizer.json", "*.jinja", "config.json")
     return sorted(path for name in names for path in Path(folder).glob(name))
 
 
@@ -571,8 +573,10 @@ def begin(path, head):
     """Makes a file ready for rows: a torn last line is cut off, and a head stands first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    whole = path.read_bytes().rfind(b"\n") + 1
-    os.truncate(path, whole)
+    text = path.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        os.truncate(path, whole)
     if not whole:
         append(path, head)
 
@@ -590,7 +594,7 @@ def pack(path):
     part = path.with_suffix(".part")
     part.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
     os.replace(part, path.with_suffix(".jsonl.gz"))
-    path.unlink(missing_ok=True)
+    path.unlink()
 
 
 # ------------------------------------------------------------------------------------- tables
