@@ -789,10 +789,8 @@ def load(name, cfg):
         torch.empty(0, device=device)
     dtype = "float32" if cfg.dtype == "auto" and "cpu" in device else cfg.dtype
     is_folder = Path(name).is_dir()
-    where = "" if is_folder else "no such folder here; of the hub, "
-    with advising(
-        f"{name}: {where}give a causal language model with safetensors and chat template"
-    ):
+    where = name if is_folder else f"{name}: no such folder here; of the hub"
+    with advising(f"{where}: give a causal language model with safetensors and chat template"):
         how = {"trust_remote_code": False, "local_files_only": is_folder or not hub_answers()}
         tok = transformers.AutoTokenizer.from_pretrained(name, **how)
         tok.get_chat_template()
@@ -923,16 +921,16 @@ def run(cfg):
 
     models = [load(name, cfg) for name in (cfg.model, cfg.teacher) if name]
     model, tok = models[0]
-    head = {"key": key_of(cfg, samples, pairs, models), "run": report(cfg, path, model)}
-    rows = whole_rows(Path(cfg.output), head["key"]) if cfg.output else {}
+    stamp = {"key": key_of(cfg, samples, pairs, models), "run": report(cfg, path, model)}
+    rows = whole_rows(Path(cfg.output), stamp["key"]) if cfg.output else {}
     if rank == 0:
-        print(head["run"])
+        print(stamp["run"])
         describe(cfg, [samples[i] for i in ids], model, tok)
     try:
         todo = [i for i in ids[rank::world] if i not in rows]
         for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank)):
             sample = samples[i] | ({"pairs": pairs.get(i, [])} if pairs else {})
-            rows[i] = head | answer(model, tok, sample, cfg, models[-1])
+            rows[i] = stamp | answer(model, tok, sample, cfg, models[-1])
             if cfg.output:
                 # One write of one whole line: several processes can share a file.
                 with open(cfg.output, "ab", buffering=0) as file:
@@ -943,7 +941,7 @@ def run(cfg):
         raise KeyboardInterrupt(f"after {done} of {len(ids)} samples") from None
     finally:  # the table so far, whatever ends the run; of several processes the last's
         if cfg.output:
-            rows |= whole_rows(Path(cfg.output), head["key"])
+            rows |= whole_rows(Path(cfg.output), stamp["key"])
         if cfg.trace in rows:
             steps = rows[cfg.trace] | {"prompt": "", "label": samples[cfg.trace].get("call")}
             with suppress(InputError):
@@ -1009,13 +1007,11 @@ ABOUT = """python ttsi.py [flags]
 
 
 def parse_arguments(argv):
-    """The command line -> Config. Where --paper and another flag disagree, that one holds."""
+    """The command line -> Config. Of flags that disagree the last one holds."""
     parser = argparse.ArgumentParser(usage=ABOUT, allow_abbrev=False)
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
     parser.add_argument("--version", action="version", version=f"ttsi.py {VERSION}")
-    parser.add_argument(
-        "--paper", action="store_const", default=argparse.SUPPRESS, help=f"is {PAPER}"
-    )
+    parser.add_argument("--paper", action="help", help=f"stands for {PAPER}")  # for -h alone
     for item in dataclasses.fields(Config):
         if item.name in GROUPS:
             group = parser.add_argument_group(GROUPS[item.name])
@@ -1027,8 +1023,10 @@ def parse_arguments(argv):
             how |= {"type": type(item.default), "choices": get_args(item.type) or None}
             how["help"] += f"; default: {item.default}" * (item.type is not str)
         group.add_argument(flag, **how)
-    argv = PAPER.split() * ("--paper" in argv) + [a for a in argv if a != "--paper"]
-    return Config(**vars(parser.parse_args(argv)))
+    flags = []
+    for flag in argv:
+        flags += PAPER.split() if flag == "--paper" else [flag]
+    return Config(**vars(parser.parse_args(flags)))
 
 
 def main(argv):

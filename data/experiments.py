@@ -344,18 +344,8 @@ OF_T = {"lr", "epochs", "optimizer", "adapt", "lora_rank", "lora_alpha"}
 OF_H = {"model", "data", "seed", "dtype", "device", "shuffle", "max_new_tokens"}
 OF_ALL = ("read", "direct", "score")  # stages that no gate can spare
 
-CONTROLS = [
-    "struck",
-    "anothers",
-    "nearest",
-    "icl",
-    "vote",
-    "best",
-    "bias",
-    "sft",
-    "neighbours",
-    "itself",
-]
+CONTROLS = ["struck", "anothers", "nearest", "icl", "vote", "best", "bias"]
+CONTROLS += ["sft", "neighbours", "itself"]
 GROUPS = {  # group -> {table: its lines}
     "own": {"own": ["default", ALL, "rest", "anothers", "nearest", "icl", "teacher"]},
     "real": {"real": ["default", "paper", ALL, "rest"], "controls": CONTROLS},
@@ -369,7 +359,7 @@ PLACES |= {"API-Bank": ["canonical_l1", "canonical_l2", "apibank_l1", "apibank_l
 def config(flags):
     """Flags of ttsi.py -> Config."""
     with ttsi.advising(f"flags {flags!r}"):
-        return ttsi.parse_arguments(flags.replace("--paper", ttsi.PAPER).split())
+        return ttsi.parse_arguments(flags.split())
 
 
 def method_of(name):
@@ -635,9 +625,11 @@ def results_of(group, args):
             label = ALL if line == ALL else method_of(line).label
             if {*names} <= {*args.methods} or not args.methods:
                 found[table][label] = places_of(labs, names)
-    several = figures.several_tools(found.get("real", {}).get("TT-SI", {}))
-    if several:
-        found["real"]["TT-SI, two tools and more"] = several
+    ours = found.get("real", {}).get("TT-SI", {})
+    for name in figures.PARTS:
+        some = figures.part(ours, name)
+        if some and some != ours:
+            found["real"][f"TT-SI, {name}"] = some
     return found
 
 

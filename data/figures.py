@@ -100,12 +100,29 @@ def gain_by_tau(runs):
 
 
 # ------------------------------------------------------------------------------------- tables
-def several_tools(places):
-    """{place: {seed: run}} -> without the items that offer one tool; {} where there are none."""
+# Parts of the items, by TT-SI's direct rows: has the answer a flaw, is the margin below tau?
+PARTS = {
+    "two tools and more": lambda row, flaw, small: row["offered"] > 1,
+    "neither flaw nor small margin": lambda row, flaw, small: not flaw and not small,
+    "a flaw alone": lambda row, flaw, small: flaw and not small,
+    "a small margin alone": lambda row, flaw, small: small and not flaw,
+    "both": lambda row, flaw, small: flaw and small,
+}
+
+
+def part(places, name):
+    """{place: {seed: run}} -> what of it is in a part, but for places without."""
     found = {}
     for place, runs in places.items():
-        found[place] = {s: [pair for pair in r if pair[0]["offered"] > 1] for s, r in runs.items()}
-    return found if found != places else {}
+        for seed, run in runs.items():
+            items = []
+            for row, after in run:
+                small = (row["margin"] or 0.0) < ttsi.Config.tau
+                if PARTS[name](row, bool(row["flaw"]), small):
+                    items.append((row, after))
+            if items:
+                found.setdefault(place, {})[seed] = items
+    return found
 
 
 def against(ours, theirs):

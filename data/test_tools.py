@@ -496,6 +496,16 @@ def test_a_line_of_a_table_is_a_hand_count():
     assert [(a["grade"][1], b["grade"][1]) for a, b in ours[0]] == [(1, 1), (1, 0), (1, 1)]
 
 
+def test_parts_of_the_items_by_their_direct_rows():
+    known = [("", 0.99, 5), ("x", 0.99, 5), ("", 0.5, 5), ("x", 0.5, 1)]
+    rows = [{"flaw": f, "margin": m, "offered": n, "id": str(n)} for f, m, n in known]
+    places = {"there": {0: [(row, {"id": i}) for i, row in enumerate(rows)]}}
+    got = {name: figures.part(places, name) for name in figures.PARTS}
+    ids = [[row["id"] for _, row in part["there"][0]] for part in got.values()]
+    assert ids == [[0, 1, 2], [0], [1], [2], [3]]
+    assert figures.part({"there": {0: places["there"][0][:1]}}, "both") == {}
+
+
 def test_f1_counts_as_hammers_scorer_does():
     gold = {"name": "f", "arguments": {"a": 5, "b": "x", "c": ""}}
     answers = [None, {"name": "g", "arguments": {"a": 5}}]
