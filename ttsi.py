@@ -450,9 +450,8 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
         row.queue = ids[len(prefix.ids) :] + row.queue
         rows.append(row)
     cache, going = prefix.copy(len(rows)), rows
-    length = len(prefix.ids) - len(
-        ids
-    )  # of the texts, as far as they are read; < 0: not all of ids
+    # Of the texts, as far as they are read; below 0: not all of ids is.
+    length = len(prefix.ids) - len(ids)
     while going and length < cfg.max_new_tokens - 1:
         n = min(len(row.queue) for row in going)
         new = torch.tensor([row.queue[:n] for row in going])  # (R, n)
