@@ -3,15 +3,13 @@
     python data/convert.py FILE > calls.jsonl  # no FILE, or -: standard input
     python data/convert.py --answers ANSWERS BFCL_v4_multiple.json > multiple.jsonl
 
-FILE holds JSON objects, one a line, or one JSON array of them, as they are or in gzip. BFCL's
-answers are looked for in possible_answer/ beside FILE. Written is, one a line,
+FILE holds JSON objects, one a line, or one JSON array of them, as they are or in gzip. Written
+is, one a line, with the label under `call` alone or without any,
 
     {"id": "1", "messages": [{"role": "user", "content": "Cancel my flight to Rome"}],
      "tools": [{"type": "function",
                 "function": {"name": "cancel_flight", "description": "", "parameters": SCHEMA}}],
      "call": {"name": "cancel_flight", "arguments": {"city": "Rome"}}}
-
-The label is under `call` alone, or there is none: the messages end before it.
 
 Standard error says what was read. A record that is well formed and of no use (several calls, the
 answer's tool not on offer) is dropped, and counted by its reason. A malformed one is left out and
@@ -22,7 +20,6 @@ left, or a file cannot be read or written. Standard library only: it runs where 
 import argparse
 import gzip
 import json
-import os
 import re
 import statistics
 import sys
@@ -34,27 +31,16 @@ from pathlib import Path
 STDIN = "standard input"
 
 
-class Fault(ValueError):
-    """A malformed record or file: what is wrong; what would be right."""
-
-
 class Dropped(Exception):
     """A record that is well formed and of no use to us; its text is the reason."""
 
 
-def need(ok, text):
+def need(ok, text, error=ValueError):
     if not ok:
-        raise Fault(text)
-
-
-def drop(condition, reason):
-    if condition:
-        raise Dropped(reason)
+        raise error(text)
 
 
 # ------------------------------------------------------------------------------------------- JSON
-
-
 def present(pairs):
     """A JSON object without its nulls, which Arrow writes for what is absent."""
     keys = [key for key, _ in pairs]
@@ -69,28 +55,42 @@ LENIENT = json.JSONDecoder(parse_int=str, strict=False)  # finds the end of what
 def decoded(value):
     """What a string says that holds JSON; anything else as it is."""
     if isinstance(value, str):
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError, RecursionError):
             return STRICT.decode(value.strip() or "null")
     return value
 
 
 def encoded(value):
-    """A value as one line of JSON; a Fault if it holds NaN, 1e999 or what no UTF-8 can hold."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode()
-    except ValueError as e:
-        raise Fault(f"{e}; give finite numbers, and text in UTF-8") from None
+    """A value as one line of JSON; a ValueError if it holds NaN, 1e999 or a lone surrogate."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text.encode()
     return text
 
 
+def as_object(value, what):
+    """An object, or the one that a string holds as JSON; of nothing the empty one."""
+    try:
+        value = STRICT.decode(value) if isinstance(value, str) else value or {}
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{what} is no sound JSON: {e}") from None
+    need(isinstance(value, dict), f"{what} must be an object {{...}}, not {type(value).__name__}")
+    return value
+
+
+def as_list(value):
+    """A list as it is; of nothing the empty one; of anything else the list of that."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
 ALIASES = {
-    "tools": ("tools", "functions", "toolConfig"),  # toolConfig, toolSpec, toolUse: Bedrock
+    "tools": ("tools", "functions", "toolConfig"),  # toolConfig, toolSpec: Bedrock
     "tool": ("function", "toolSpec"),
     "schema": ("parameters", "inputSchema", "input_schema"),  # MCP and Bedrock; Anthropic
     "label": ("call", "answers", "tool_calls"),  # answers: xLAM, Hammer
     "calls": ("tool_calls", "function_call"),  # function_call: OpenAI's older API
-    "call": ("function", "toolUse"),
+    "call": ("function",),
     "arguments": ("arguments", "parameters", "input", "args"),  # Seal-Tools; Anthropic
 }
 
@@ -101,49 +101,36 @@ def find(record, what):
     return next(filter(None, values), values[0] if values else None)
 
 
-def unwrapped(value, what):
-    """An object, or the one inside it."""
-    value = decoded(value)
-    inner = find(value, what) if isinstance(value, dict) else None
-    return inner if isinstance(inner, dict) else value
-
-
-def as_list(value):
-    """A list as it is; of nothing the empty one; of anything else the list of that."""
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
+def named(value, what):
+    """A tool or a call, or the one inside it, with its name under "name"."""
+    value = as_object(value, f"a {what}")
+    inner = find(value, what)
+    value = inner if isinstance(inner, dict) else value
+    name = value.get("name", value.get("tool"))  # tool: Seal-Tools
+    need(isinstance(name, str) and name, f'a {what} has no "name"; give one: {[*value]}')
+    return value | {"name": name}
 
 
 # ------------------------------------------------------------------------------------------ tools
-
 TYPES = {"str": "string", "int": "integer", "float": "number", "double": "number"}
 TYPES |= {"bool": "boolean", "list": "array", "tuple": "array", "set": "array", "dict": "object"}
 TYPES |= {name: name for name in [*TYPES.values(), "null"]}
 
 
 def typed(kind):
-    """A type as JSON schema: `List[int], optional` is {"type": "array", "items": ...}.
-
-    What JSON schema does not have ("any") is no rule: then any value is legal.
-    """
+    """A type as JSON schema: `List[int], optional` is {"type": "array", "items": ...}."""
     if isinstance(kind, list):  # ["string", "null"]
         return {"type": kind}
-    form = re.match(r"\s*(?:optional\[)?\s*(\w*)\s*(?:[\[(](.*)[\])])?", str(kind), re.S | re.I)
-    name, inner = form[1].lower(), form[2]
-    if name not in TYPES:
+    name, *inner = re.findall(r"\w+", str(kind).lower().removeprefix("optional")) or [""]
+    if name not in TYPES:  # "any": no rule, then any value is legal
         return {}
-    items = typed(inner) if inner and name in ("list", "set", "array") else {}
+    items = typed(" ".join(inner)) if name in ("list", "set", "array") else {}
     return {"type": TYPES[name]} | ({"items": items} if items else {})
 
 
 def to_schema(rule):
     """JSON schema of what is nearly so. Which parameters are required, a list says, no flag."""
-    rule = decoded(rule)
-    if isinstance(rule, bool):  # true: anything
-        return {}
-    rule = {"type": rule} if isinstance(rule, str) else rule
-    need(isinstance(rule, dict), f"a parameter is {encoded(rule)[:40]}; give its JSON schema")
+    rule = as_object(rule, "a parameter's schema")
     rule = {key: value for key, value in rule.items() if key != "optional"}
     if not isinstance(rule.get("required"), list):
         rule.pop("required", None)
@@ -160,23 +147,13 @@ def to_schema(rule):
     return rule
 
 
-def is_bare(schema):
-    """Is it {parameter: rule}, as in xLAM and Hammer, and no JSON schema?
-
-    The values tell, for a parameter may be called type, properties, required or not: a keyword's
-    are texts and lists, and `properties` holds rules as a keyword, and texts as a parameter.
-    """
-    if schema.keys() & {"additionalProperties", "$defs", "patternProperties"}:
-        return False
-    inner = schema.get("properties")
-    if isinstance(inner, dict) and all(isinstance(rule, (dict, bool)) for rule in inner.values()):
-        return False
-    return all(isinstance(rule, dict) for rule in schema.values())
+def is_map(value):
+    """Is it {parameter: rule}? The values tell: a parameter may be called type, required or not."""
+    return isinstance(value, dict) and all(isinstance(rule, dict) for rule in value.values())
 
 
 def is_required(rule, marked):
     """Is a parameter required, if no list says so? `marked`: only if its own flag does."""
-    rule = rule if isinstance(rule, dict) else {}
     if marked or isinstance(rule.get("required"), bool):
         return rule.get("required") is True
     by_type = re.search(r"\boptional\b", str(rule.get("type")), re.I)
@@ -190,252 +167,192 @@ def may_be_null(rule):
 
 def to_tool(tool, marked):
     """A tool of any API as OpenAI writes it."""
-    schema = find(tool, "schema") or {}
-    if "inputSchema" in tool and isinstance(schema, dict) and "json" in schema:  # Bedrock
-        schema = decoded(schema["json"])
-    need(isinstance(schema, dict), f'{tool["name"]}: its "parameters" must be a JSON schema')
-    if is_bare(schema):
+    schema = as_object(find(tool, "schema"), "its schema")
+    if "inputSchema" in tool:  # Bedrock
+        schema = as_object(schema.get("json", schema), "its schema")
+    if is_map(schema) and not is_map(schema.get("properties")):  # no JSON schema: xLAM, Hammer
         schema = {"properties": schema}
     else:
         marked = True
-    rules = decoded(schema.get("properties")) or {}
-    need(isinstance(rules, dict), f'{tool["name"]}: "properties" must be {{name: JSON schema}}')
+    rules = as_object(schema.get("properties"), "properties")
+    rules = {key: as_object(rule, f"the schema of {key}") for key, rule in rules.items()}
     required = schema.get("required", tool.get("required"))  # Seal-Tools has it beside them
     if not isinstance(required, list):
         required = [key for key, rule in rules.items() if is_required(rule, marked)]
     schema = {"type": "object"} | to_schema(schema | {"properties": rules})
-    rules = schema["properties"]
-    required = [key for key in map(str, required) if key in rules and not may_be_null(rules[key])]
-    schema["required"] = required
-    description = str(tool.get("description", ""))
-    function = {"name": tool["name"], "description": description, "parameters": schema}
-    return {"type": "function", "function": function}
+    schema["required"] = [k for k in map(str, required) if k in rules and not may_be_null(rules[k])]
+    about = {"name": tool["name"], "description": str(tool.get("description", ""))}
+    return {"type": "function", "function": about | {"parameters": schema}}
 
 
 def to_tools(record):
+    """The tools of a record; `components` of ToolAlpaca, without a schema, is none."""
     tools = find(record, "tools")
-    if isinstance(tools, dict):  # of MCP, or of Bedrock; or a single one
-        tools = tools.get("tools", [tools])
+    if isinstance(tools, dict):  # of MCP, or of Bedrock
+        tools = tools.get("tools")
     need(isinstance(tools, list), 'no tools; give "tools": [{"name": ..., "parameters": ...}, ...]')
-    tools = [unwrapped(tool, "tool") for tool in tools]
-    for n, tool in enumerate(tools):
-        named = isinstance(tool, dict) and isinstance(tool.get("name"), str) and tool["name"]
-        need(named, f'tools[{n}]: no "name"; give {{"name": ..., "parameters": JSON schema}}')
-    # Which parameters of a bare map are required? ToolAlpaca marks them, if any, and has a
-    # pseudo-tool `components`. API-Bank says nothing: its tools are known by their `return`, and
-    # require nothing. All others are xLAM's: what has no default and is not called optional is
-    # required, or a pair without any argument would pass as complete.
-    marked = '"required": true' in encoded(tools)
-    marked = marked or any("return" in tool or tool["name"] == "components" for tool in tools)
+    tools = [named(tool, "tool") for tool in tools]
+    names = [tool["name"] for tool in tools]
+    # Which parameters of a bare map are required? ToolAlpaca marks them, if any. API-Bank says
+    # nothing: its tools are known by their `return`, and require nothing. All others are xLAM's:
+    # what has no default and is not called optional is required, or a pair without any argument
+    # would pass as complete.
+    marked = '"required": true' in encoded(tools) or "components" in names
+    marked = marked or any("return" in tool for tool in tools)
     tools = [tool for tool in tools if tool["name"] != "components" or find(tool, "schema")]
-    drop(not tools, "no tool is on offer")
-    drop(len({tool["name"] for tool in tools}) < len(tools), "a tool is on offer twice")
+    need(tools, "no tool is on offer", Dropped)
+    need(len(set(names)) == len(names), "a tool is on offer twice", Dropped)
     return [to_tool(tool, marked) for tool in tools]
 
 
 # ----------------------------------------------------------------------------- calls and messages
-
 ROLES = {"system": "system developer", "user": "user human"}
 ROLES |= {"assistant": "assistant model gpt agent tool_call function_call"}
 ROLES |= {"tool": "tool function ipython observation tool_response"}
 ROLES = {name: role for role, names in ROLES.items() for name in names.split()}
 SUFFIX = re.compile(r"\s*Generate API Request:\s*$")  # ends API-Bank's dialogues, and is no turn
-WRAPPERS = {"call", "function", "tool_calls", "tool_call", "function_call", "action", "answer"}
 PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
 def to_call(value):
-    """-> {name, arguments} of a call of any API, or None; no arguments are none."""
-    value = unwrapped(value, "call")
-    if not isinstance(value, dict):
-        return None
-    name = value.get("name", value.get("tool"))  # tool: Seal-Tools
-    arguments = find(value, "arguments") or {}
-    if isinstance(name, str) and name and isinstance(arguments, dict):
-        return {"name": name, "arguments": arguments}
-    return None
+    """-> {name, arguments} of a call of any API; no arguments are none."""
+    call = named(value, "call")
+    return {"name": call["name"], "arguments": as_object(find(call, "arguments"), "arguments")}
 
 
-def calls_in_text(text, names=None):
-    """The calls, of these tools, that a text holds as JSON among other things."""
+def calls_in_text(text):
+    """The calls that a text holds as JSON among other things; one in a thought is none."""
     text = text.rpartition("</think>")[2]
     text = text[max(text.find("{"), 0) :]  # prose may hold a lone quote
     words = r'"(?:\\.|[^"\\])*"|\b(?:True|False|None)\b'  # strings stay as they are
     text = re.sub(words, lambda found: PYTHON.get(found[0], found[0]), text)
     calls, at = [], text.find("{")
     while at >= 0:
-        value, end = {}, at + 1
+        after = at + 1
         with suppress(ValueError, RecursionError):
             value, end = STRICT.raw_decode(text, at)
-        call = to_call(value)
-        if call and (names is None or call["name"] in names):
-            calls.append(call)
-        elif not call and value.keys() & WRAPPERS:
-            end = at + 1
-        at = text.find("{", end)
+            if value.keys() & set(ALIASES["arguments"]):
+                calls.append(to_call(value))
+                after = end
+        at = text.find("{", after)
     return calls
 
 
-def calls_in(message, names):
-    """The calls that a message of the assistant holds."""
-    if message["role"] != "assistant":
-        return []
-    calls = [call["function"] for call in message.get("tool_calls", [])]
-    return calls or calls_in_text(message["content"], names)
-
-
-def text_of(part, role, place):
-    """A part of a content as text; a tool's result may be anything."""
-    text = part.get("text") if isinstance(part, dict) else part
-    if isinstance(text, str):
-        return SUFFIX.sub("", text)
-    if role == "tool":
-        return encoded(part)
-    drop(isinstance(part, dict) and "type" in part, "a message has an image, or so")
-    raise Fault(f'{place}: its "content" must be text')
-
-
-def to_messages(message, place):
-    """-> [messages] of one: Anthropic has the results of tools in parts of a user's message."""
-    message = decoded(message)
-    message = message if isinstance(message, dict) else {}
-    name = str(message.get("role")).lower()
-    role = ROLES.get(name)
-    need(role, f'{place} must be {{"role": one of {sorted(ROLES)}, "content": text}}')
-    texts, results, calls = [], [], list(as_list(find(message, "calls")))
-    for part in as_list(message.get("content", "")):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "tool_use" or (isinstance(part, dict) and "toolUse" in part):
-            calls.append(part)
-        elif kind == "tool_result":
-            results += to_messages({"content": ""} | part | {"role": "tool"}, place)
-        elif kind not in ("thinking", "redacted_thinking"):
-            texts.append(text_of(part, role, place))
-    text = "\n".join(texts)
-    calls_only = name.endswith("_call")  # ms-swift
-    if calls_only or (role == "assistant" and text.startswith("```[")):  # API-Bank
-        calls = calls or calls_in_text(text)
-        text = "" if calls else text
-    need(calls or not calls_only, f'{place}: no call; give {{"name": ..., "arguments": {{...}}}}')
-    calls = [to_call(call) for call in calls]
-    need(all(calls), f'{place}: a call without name or arguments; give "arguments": {{...}}')
-    made = {"role": role, "content": text}
-    if calls:
-        made["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-    return [*results, made]
-
-
-def add(messages, message):
+def add(messages, role, text, calls):
     """One more message; a call is of one turn with what the assistant said just before."""
     last = messages[-1] if messages else {"role": "none"}
-    calls = message.get("tool_calls", [])
-    if message["role"] == "tool" and len(last.get("tool_calls", [])) == 1:
-        messages.append({"name": last["tool_calls"][0]["function"]["name"]} | message)
-    elif message["role"] == "tool" or message["content"].strip():
-        messages.append(message)
-    elif calls and last["role"] == "assistant":
-        last["tool_calls"] = last.get("tool_calls", []) + calls
+    earlier = last.get("tool_calls", [])
+    calls = [{"type": "function", "function": to_call(call)} for call in calls]
+    message = {"role": role, "content": text}
+    if role == "tool" and len(earlier) == 1:
+        message = {"name": earlier[0]["function"]["name"]} | message
+    if calls and last["role"] == "assistant" and not text.strip():
+        last["tool_calls"] = earlier + calls
     elif calls:
+        messages.append(message | {"tool_calls": calls})
+    elif text.strip() or role == "tool":
         messages.append(message)
+
+
+def add_turn(messages, turn, place):
+    """The messages of one turn: Anthropic has the results of tools in parts of a user's turn."""
+    turn = as_object(turn, place)
+    name = str(turn.get("role")).lower()
+    need(name in ROLES, f"{place}: its role must be one of {sorted(ROLES)}")
+    role = ROLES[name]
+    texts, calls = [], list(as_list(find(turn, "calls")))
+    for part in as_list(turn.get("content")):
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind == "tool_use":
+            calls.append(part)
+        elif kind == "tool_result":
+            add_turn(messages, part | {"role": "tool"}, place)
+        elif isinstance(text, str):
+            texts.append(SUFFIX.sub("", text))
+        elif role == "tool":  # a result may be anything
+            texts.append(encoded(part))
+        elif kind not in ("thinking", "redacted_thinking"):
+            need(kind, f'{place}: its "content" must be text')
+            raise Dropped("a message has an image, or so")
+    text = "\n".join(texts)
+    if role == "assistant" and not calls:
+        calls = calls_in_text(text)
+        text = "" if calls else text
+    need(calls or not name.endswith("_call"), f"{place}: no call")  # ms-swift
+    add(messages, role, text, calls)
 
 
 def to_dialogue(record):
     """All messages of a record, its label's included."""
-    messages, roles = [], {"messages": "user"}
+    roles = {"messages": "user"}
     if "messages" not in record:  # xLAM; TRL has prompt and completion
         roles = {"query": "user", "prompt": "user", "completion": "assistant"}
-    roles = {"system": "system"} | {key: role for key, role in roles.items() if key in record}
-    need(len(roles) > 1, 'no request; give "messages": [{"role": "user", "content": "..."}]')
-    for key, role in roles.items():
-        text, turns = record.get(key, ""), None
-        with suppress(ValueError):
-            turns = decoded(text)
-        listed = isinstance(turns, list) and all(isinstance(decoded(turn), dict) for turn in turns)
-        if not listed or key == "system":
-            turns = [{"role": role, "content": text}]
+    need(record.keys() & roles, 'no request; give "messages": [{"role": "user", "content": "..."}]')
+    messages = []
+    for key, role in ({"system": "system"} | roles).items():
+        turns = decoded(record.get(key))
+        is_dialogue = isinstance(turns, list) and all(isinstance(decoded(t), dict) for t in turns)
+        if key == "system" or not is_dialogue:
+            turns = [{"role": role, "content": record.get(key)}]
         for n, turn in enumerate(turns):
-            for message in to_messages(turn, f"{key}[{n}]"):
-                add(messages, message)
-    drop(all(m["role"] != "user" for m in messages), "no request by the user")
+            add_turn(messages, turn, f"{key}[{n}]")
+    need(any(m["role"] == "user" for m in messages), "no request by the user", Dropped)
     return messages
 
 
 # ---------------------------------------------------------------------------------- whole records
-
-
 def take_label(record, messages, names):
     """-> the label, or None. It leaves the messages, if they end with it."""
-    drop(decoded(record.get("answers")) == [], "no call is right")
-    value = find(record, "label") or []
-    labels = [to_call(label) for label in as_list(value)]
-    wanted = '"call" must be {"name": ..., "arguments": {...}}'
-    need(all(labels), f"{wanted}, not {encoded(value)[:60]}")
-    last = calls_in(messages[-1], names)
+    need(decoded(record.get("answers")) != [], "no call is right", Dropped)
+    labels = [to_call(label) for label in as_list(find(record, "label") or None)]
+    last = [call["function"] for call in messages[-1].get("tool_calls", [])]
     if last:
         messages.pop()
-    drop(len(labels) > 1 or len(last) > 1, "several calls")
+    need(max(len(labels), len(last)) < 2, "several calls", Dropped)
     need(not labels or not last or labels == last, '"call" and that of the last message differ')
     call = next(iter(labels + last), None)
-    drop(call and call["name"] not in names, "the answer's tool is not on offer")
+    need(not call or call["name"] in names, "the answer's tool is not on offer", Dropped)
     return call
 
 
-def check_no_leak(messages, call, names):
+def check_no_leak(messages, names):
     """A call before a result or another request is history; one after them would be the label."""
-    if messages[-1]["role"] == "assistant":
-        text = messages[-1]["content"]
-        forms = [form.format(n) for n in names for form in ("{}(", "={}", ": '{}'", ': "{}"')]
-        unread = any(form in text for form in forms)
-        need(not unread, 'the last message has a call in a form that is not read; give "call"')
     for message in reversed(messages):
         if message["role"] in ("user", "tool"):
             break
-        leaked = call in calls_in(message, names)
-        need(not leaked, "the messages hold the label; end them before it")
+        need("tool_calls" not in message, "the messages hold the label; end them before it")
+        forms = [form.format(n) for n in names for form in ("{}(", "={}", ": '{}'", ': "{}"')]
+        unread = any(form in message["content"] for form in forms)
+        need(not unread, 'the last message has a call in a form that is not read; give "call"')
 
 
-def settle(call, accept):
-    """A label takes the first accepted value of each argument; "" or null: it may be left out."""
-    shape = isinstance(accept, dict) and all(isinstance(v, list) for v in accept.values())
-    need(shape, '"accept" must be {argument: [acceptable values]}')
-    arguments = dict(call["arguments"])
-    for key, values in accept.items():
-        stated = [value for value in values if value not in ("", None)]
-        optional = len(stated) < len(values) and key not in arguments
-        if stated and not optional and arguments.get(key) != plain(stated[0]):
-            arguments[key] = stated[0]
-    return {"name": call["name"], "arguments": arguments}
-
-
-def plain(value):
-    """The first value that one of BFCL's stands for.
-
-    In an object, each value is a list of acceptable ones again, "" for "may be left out".
-    """
+def first_accepted(value):
+    """The first acceptable value of each argument; in BFCL an object has such lists, too."""
     if isinstance(value, list):
-        return [plain(v) if isinstance(v, dict) else v for v in value]
+        return [first_accepted(item) for item in value]
     if not isinstance(value, dict):
         return value
-    firsts = {key: as_list(values)[:1] for key, values in value.items()}
-    return {key: first[0] for key, first in firsts.items() if first not in ([], [""])}
+    lists = {key: as_list(values) or [None] for key, values in value.items()}
+    # "" and null say: it may be left out.
+    stated = {key: v for key, v in lists.items() if "" not in v and None not in v}
+    return {key: first_accepted(values[0]) for key, values in stated.items()}
 
 
 def from_bfcl(item, answers):
-    """An item of BFCL, the Berkeley leaderboard -> a record with messages, tools, call, accept."""
-    question, name = item["question"], str(item.get("id"))
+    """An item of BFCL, the Berkeley leaderboard -> a record with messages, tools, answers."""
+    name = str(item.get("id"))
     need(answers is not None, "BFCL's answers are in a file of their own; give --answers FILE")
-    drop(name not in answers, "no answer with its id")
-    drop(len(question) != 1, "several turns")
-    calls = as_list(answers[name])
-    need(all(isinstance(call, dict) for call in calls), "its answer must be [{name: {...}}]")
-    calls = [pair for call in calls for pair in call.items()]
-    drop(len(calls) != 1, "several calls" if calls else "no call is right")
-    function, accept = calls[0]
-    need(isinstance(accept, dict), "its answer must be {name: {argument: [acceptable values]}}")
-    drop([] in accept.values(), "an argument with no acceptable value")
-    accept = {key: [plain(value) for value in as_list(values)] for key, values in accept.items()}
-    record = {"id": name, "messages": question[0], "tools": item["function"]}
-    return record | {"call": {"name": function, "arguments": {}}, "accept": accept}
+    need(name in answers, "no answer with its id", Dropped)
+    need(len(item["question"]) == 1, "several turns", Dropped)
+    calls = []
+    for answer in as_list(answers[name]):
+        for function, accept in as_object(answer, "an answer").items():
+            accept = as_object(accept, "an answer's arguments")
+            need([] not in accept.values(), "an argument with no acceptable value", Dropped)
+            calls.append({"name": function, "arguments": first_accepted(accept)})
+    messages = item["question"][0]
+    return {"id": name, "messages": messages, "tools": item["function"], "answers": calls}
 
 
 def to_record(record, number):
@@ -444,19 +361,17 @@ def to_record(record, number):
     names = [tool["function"]["name"] for tool in tools]
     messages = to_dialogue(record)
     call = take_label(record, messages, names)
-    check_no_leak(messages, call, names)
+    check_no_leak(messages, names)
     name = str(record.get("id", number))
     need(name and name.isprintable(), f"id {name!r} is no text; leave it out, and get a number")
     out = {"id": name, "messages": messages, "tools": tools}
     if call:
-        out["call"] = settle(call, decoded(record.get("accept")) or {})
-    encoded(out)
+        accepted = first_accepted(as_object(record.get("accept"), '"accept"'))
+        out["call"] = call | {"arguments": accepted | call["arguments"]}
     return out
 
 
 # ------------------------------------------------------------------------------------------ files
-
-
 def load(path):
     """The text of a file. Bytes that are not UTF-8 become half surrogates, which are refused."""
     try:
@@ -464,91 +379,62 @@ def load(path):
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as e:
-        raise Fault(f"{path}: cannot be read: {e}") from None
+        raise ValueError(f"{path}: cannot be read: {e}") from None
     text = data.decode("utf-8-sig", errors="surrogateescape")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-BLANKS = re.compile(r"\s*")
-BETWEEN = re.compile(r"\s*(,\s*|(?=\]))")
+BETWEEN = re.compile(r"\s*([\[,]?\s*\]|[\[,]?)\s*")  # items of an array: "[", ",", "]", "[]"
 
 
-def array_items(text):
-    """Yields (line, text) of each item of a JSON array."""
-    line, counted = 1, 0
-    at = BLANKS.match(text, text.index("[") + 1).end()
-    while text[at : at + 1] != "]":
-        line += text.count("\n", counted, at)
-        counted = at
-        try:
-            end = LENIENT.raw_decode(text, at)[1]
-        except RecursionError:
-            raise json.JSONDecodeError("Nested too deeply", text, at) from None
-        yield line, text[at:end]
-        between = BETWEEN.match(text, end)
-        if not between:
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, BLANKS.match(text, end).end())
-        at = between.end()
-    if text[at + 1 :].strip():
-        raise json.JSONDecodeError("Extra data", text, BLANKS.match(text, at + 1).end())
-
-
-def record_of(text):
-    try:
-        record = STRICT.decode(text)
-    except json.JSONDecodeError as e:
-        wanted = "give JSON objects, one a line, or one array of them"
-        raise Fault(f"not JSON: {e.msg} (column {e.colno}); {wanted}") from None
-    need(isinstance(record, dict), "this is no JSON object; give one for each record")
-    encoded(record)
-    return record
-
-
-def read(path, use):
-    """Calls use(n, record) for the n-th of JSON lines, or of one JSON array.
-
-    -> (number of items, [faults as "file:line: what is wrong; what would be right"]).
-    """
-    text, n, faults = load(path), 0, []
-    array = text.lstrip().startswith("[")
-    try:
-        for line, item in array_items(text) if array else enumerate(text.split("\n"), 1):
+def read(path, faults):
+    """Yields (place, text) of each item of JSON lines, or of one JSON array."""
+    text, line, at = load(path), 1, 0
+    between = BETWEEN.match(text)
+    if not between[1]:
+        for line, item in enumerate(text.split("\n"), 1):
             if item.strip():
-                n += 1
-                try:
-                    use(n - 1, record_of(item))
-                except (ValueError, RecursionError) as e:
-                    faults.append(f"{path}:{line}: {' '.join(str(e).split())[:300]}")
-    except json.JSONDecodeError as e:
-        faults.append(f"{path}:{e.lineno}: not JSON: {e.msg}; mend it: nothing after it is read")
-    return n, faults
+                yield f"{path}:{line}", item
+        return
+    try:
+        while between[1] in ("[", ","):
+            line += text.count("\n", at, between.end())
+            at = between.end()
+            end = LENIENT.raw_decode(text, at)[1]
+            yield f"{path}:{line}", text[at:end]
+            between = BETWEEN.match(text, end)
+        if not between[1] or between.end() < len(text):
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, between.end())
+    except (ValueError, RecursionError) as e:
+        line = getattr(e, "lineno", line)
+        faults.append(f"{path}:{line}: not JSON: {e}; mend it: nothing after it is read")
 
 
 def convert(path, answers_path=None):
     """-> ([records], number of items, Counter of why items were dropped, [faults])."""
-    records, dropped, answers, faults = {}, Counter(), None, []
-
-    def answer(n, item):
-        answers[str(item.get("id"))] = item.get("ground_truth")
-
-    def use(n, record):
-        try:
-            if isinstance(record.get("question"), list) and "function" in record:
-                record = from_bfcl(record, answers)
-            record = to_record(record, n)
-        except Dropped as e:
-            dropped[str(e)] += 1
-            return
-        name = record["id"]
-        need(name not in records, f"id {name!r} is an earlier record's, too; give each its own")
-        records[name] = record
-
+    records, answers, items, dropped, faults = {}, None, 0, Counter(), []
     beside = Path(path).parent / "possible_answer" / Path(path).name
     if answers_path or beside.exists():
-        answers = {}
-        faults += read(answers_path or str(beside), answer)[1]
-    items, more = read(path, use)
-    return list(records.values()), items, dropped, faults + more
+        read_answers = read(answers_path or str(beside), faults)
+        answers = [as_object(text, place) for place, text in read_answers]
+        answers = {str(answer.get("id")): answer.get("ground_truth") for answer in answers}
+    for place, text in read(path, faults):
+        items += 1
+        try:
+            record = as_object(text, "a record")
+            encoded(record)
+            if isinstance(record.get("question"), list) and "function" in record:
+                record = from_bfcl(record, answers)
+            record = to_record(record, items - 1)
+            encoded(record)
+            name = record["id"]
+            need(name not in records, f"id {name!r} is an earlier record's, too; give each its own")
+            records[name] = record
+        except Dropped as e:
+            dropped[str(e)] += 1
+        except (ValueError, RecursionError) as e:
+            faults.append(f"{place}: {' '.join(str(e).split())[:300]}")
+    return list(records.values()), items, dropped, faults
 
 
 def shape(records):
@@ -580,27 +466,20 @@ def tell(path, records, items, dropped, faults):
 
 def main(argv=None):
     """-> the exit status."""
-    parser = argparse.ArgumentParser(
-        "convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    file = "records in any form (-, the default: standard input)"
-    parser.add_argument("file", nargs="?", default="-", help=file)
-    answers = "BFCL's answers (default: possible_answer/ beside FILE, the same name)"
-    parser.add_argument("--answers", help=answers)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("convert.py", description=__doc__, formatter_class=raw)
+    parser.add_argument("file", nargs="?", default="-", help="-, the default: standard input")
+    parser.add_argument("--answers", help="BFCL's, if they are not in possible_answer/ beside FILE")
     args = parser.parse_args(argv)
     path = STDIN if args.file == "-" else args.file
     try:
         records, *counts = convert(path, args.answers)
-        sys.stdout.reconfigure(encoding="utf-8", newline="\n")
-        sys.stdout.write("".join(encoded(record) + "\n" for record in records))
-        sys.stdout.flush()
-    except Fault as e:
-        print(f"convert: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:
-        # After a closed pipe, or on a full disk, python would try again when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(f"convert: cannot be written: {e}", file=sys.stderr)
+        # Not through sys.stdout: on a full disk python would try again when it ends.
+        with open(1, "w", encoding="utf-8", newline="\n", closefd=False) as out:
+            out.writelines(encoded(record) + "\n" for record in records)
+    except (ValueError, OSError) as e:
+        reason = f"cannot be written: {e}" if isinstance(e, OSError) else e
+        print(f"convert: {reason}", file=sys.stderr)
         return 2
     tell(path, records, *counts)
     return 0 if records else 2
