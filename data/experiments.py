@@ -42,6 +42,12 @@ RESULTS = HERE / "results"
 TEXTS = HERE.parent / "runs" / "texts"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LABELS, SFT_BATCH, SFT_EPOCHS, SFT_RATE = 200, 2, 3, 0.1
+TEACHER = str(HERE / "teacher")  # who writes the pairs of TT-D
+OF_ALL = ("read", "direct", "score")  # stages that no gate can spare
+PLACES = {"test": "own world", "canonical_294": "Seal-Tools", "sealtool": "Seal-Tools"}
+PLACES |= {"canonical_real": "ToolAlpaca", "toolalpaca": "ToolAlpaca"}
+PLACES |= {"canonical_318": "NexusRaven", "canonical_l1": "API-Bank", "canonical_l2": "API-Bank"}
+PLACES |= {"apibank_l1": "API-Bank", "apibank_l2": "API-Bank"}
 
 
 # ------------------------------------------------------------------------------------ methods
@@ -64,7 +70,7 @@ def trained_on(model, tok, sample, cfg, spans, adapter=ttsi.temporary_lora):
     """T on spans, and an answer; the LoRA acts behind what all of them begin with."""
     x = ttsi.prepare(tok, sample, cfg)
     if not spans:
-        return answered(model, x, x.ids, cfg, "no pair")
+        return answered(model, x, x.ids, cfg)
     result = ttsi.Result(x.id, cost={}, decision="adapted")
     head = x.ids[: x.head] if cfg.adapt == "suffix" else []
     shared = os.path.commonprefix([head, *(ids for ids, _ in spans)])
@@ -82,14 +88,10 @@ def anothers(model, tok, sample, cfg, other):
     return retrained(model, tok, sample, cfg, other["kept"], about=other)
 
 
-def biased(model, tok, sample, cfg, pairs):
-    """The same pairs, but T learns a bias vector, as GTTA does (arXiv 2511.04847)."""
-    return retrained(model, tok, sample, cfg, pairs, adapter=bias_vector)
-
-
 @contextmanager
 def bias_vector(model, cfg, rng):
-    """A vector, added to what the output layer sees -> [it], float32. It goes with the block."""
+    """In the LoRA's place a vector, added to what the output layer sees, as GTTA does (arXiv
+    2511.04847) -> [it], float32. It goes with the block."""
     head = model.get_output_embeddings()
     bias = torch.zeros(head.weight.shape[1], device=model.device, requires_grad=True)
     hook = head.register_forward_pre_hook(lambda _, h: ((h[0].float() + bias).to(h[0].dtype),))
@@ -99,21 +101,24 @@ def bias_vector(model, cfg, rng):
         hook.remove()
 
 
+biased = functools.partial(retrained, adapter=bias_vector)
+
+
 def nearest_tool(model, tok, sample, cfg, pairs):
     """No training: the tool of the pair that has most words in common with the request. The base
     fills in its arguments."""
     x = ttsi.prepare(tok, sample, cfg)
     if not pairs:
-        return answered(model, x, x.ids, cfg, "no pair")
+        return answered(model, x, x.ids, cfg)
     nearest = max(pairs, key=lambda pair: alike(pair["request"], x.request))
     call = ttsi.call_text(tok, {"name": nearest["call"]["name"], "arguments": {}})
     before, after = call.split("{}", 1)
-    return answered(model, x, x.ids, cfg, "nearest pair", (before.rstrip(), after))
+    return answered(model, x, x.ids, cfg, (before.rstrip(), after))
 
 
-def answered(model, x, ids, cfg, decision, outline=("",)):
-    """-> Result: the base's answer behind ids, and what it says that was done."""
-    result = ttsi.Result(x.id, cost={}, decision=decision)
+def answered(model, x, ids, cfg, outline=("",)):
+    """-> Result: what the model answers behind ids, without training."""
+    result = ttsi.Result(x.id, cost={}, decision="answered")
     after_tools = ttsi.Prefix(model, x.ids[: x.head])
     with ttsi.measured(model, result.cost, "answer"):
         read = ttsi.Prefix(model, ids[:-1], after_tools)
@@ -123,15 +128,14 @@ def answered(model, x, ids, cfg, decision, outline=("",)):
 
 def struck(model, tok, sample, cfg, row):
     """No training: the direct answer, without optional arguments that the request does not say."""
-    x, text = ttsi.prepare(tok, sample, cfg), row["direct"]
+    x = ttsi.prepare(tok, sample, cfg)
     cost = {stage: row["cost"][stage] for stage in ("read", "direct")}
-    result = ttsi.Result(x.id, cost=cost, decision="struck out")
-    call = ttsi.parse(text)
+    result = ttsi.Result(x.id, cost=cost, decision="struck out", answer=row["direct"])
+    call = ttsi.parse(result.answer)
     if call and call["name"] in x.schemas:
         kept = x.schemas[call["name"]]["required"]
         said = {k: v for k, v in call["arguments"].items() if k in kept or ttsi.said(v, x.request)}
-        text = ttsi.dumps(call | {"arguments": said})
-    result.answer = text
+        result.answer = ttsi.dumps(call | {"arguments": said})
     return result
 
 
@@ -151,7 +155,7 @@ def shown(model, tok, sample, cfg, pairs):
         turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
     rest = [message for message in sample["messages"] if message["role"] != "system"]
     ids, _ = ttsi.encode(tok, x.tools, [*x.system, *turns, *rest])
-    return answered(model, x, ids, cfg, "shown" if pairs else "no pair")
+    return answered(model, x, ids, cfg)
 
 
 def vote(model, tok, sample, cfg, tokens):
@@ -192,9 +196,8 @@ def fine_tuned(model, tok, sample, cfg, tuned):
     with ttsi.temporary_lora(model, cfg, ttsi.draw(0)) as lora:
         for parameter, learned in zip(lora, tuned, strict=True):
             parameter.data.copy_(learned)
-        result = ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, tau=0.0))
-    del result.cost["score"]  # it is not gated
-    return dataclasses.replace(result, decision="fine-tuned")
+        x = ttsi.prepare(tok, sample, cfg)
+        return answered(model, x, x.ids, cfg)
 
 
 def fine_tune(model, tok, pool, cfg):
@@ -235,154 +238,13 @@ def itself(model, tok, sample, cfg, label):
     return trained_on(model, tok, sample, cfg, [span])
 
 
-# ------------------------------------------------------------------ what methods need besides
-def pairs_of(lab, seed, i):
-    """-> the pairs that TT-SI trained on."""
-    return lab.texts("default", seed)[i]["pairs"]
-
-
-def direct_of(lab, seed, i):
-    return lab.texts("default", seed)[i]
-
-
-def other_of(lab, seed, i):
-    """-> the next sample that has pairs, without its label, and these pairs as `kept`."""
-    rows = lab.texts("default", seed)
-    for j in [*(j for j in rows if j > i), *(j for j in rows if j < i)]:
-        if rows[j]["pairs"]:
-            return unlabelled(lab.samples[j]) | {"kept": rows[j]["pairs"]}
-    raise ttsi.InputError(f"{i}: no other sample has pairs; give a higher --limit")
-
-
-def tokens_of(lab, seed, i):
-    """-> how many tokens TT-SI has for G, for T and for its answer."""
-    cost = lab.rows("default", seed)[i]["cost"]
-    return sum(tokens for stage, (_, tokens) in cost.items() if stage not in OF_ALL)
-
-
-def label_of(lab, seed, i):
-    return lab.samples[i]["call"]
-
-
-def teacher_of(lab, seed, i):
-    return loaded(lab.args.teacher, lab.args.flags)
-
-
-@functools.cache
-def loaded(name, flags):
-    return ttsi.load(name, config(flags))
-
-
-@functools.cache
-def labelled(lab):
-    """-> the samples of --pool, without the requests of this file."""
-    ours = {request_of(sample) for sample in lab.samples.values()}
-    files = [ttsi.read_jsonl(path, ttsi.to_sample).values() for path in lab.args.pool]
-    found = [s for file in files for s in file if "call" in s and request_of(s) not in ours]
-    ttsi.need(len(found) > 2, "give --pool FILE ..., three labelled samples and more")
-    return found
-
-
-def pool_of(lab, seed, i):
-    return labelled(lab)
-
-
-@functools.cache
-def tuned(lab, seed):
-    labels = 8 if lab.args.quick else LABELS
-    return fine_tune(*lab.base, labelled(lab)[:labels], lab.config("sft", seed))
-
-
-def tuned_of(lab, seed, i):
-    return tuned(lab, seed)
-
-
-# ------------------------------------------------------------------------ methods, cells, groups
-@dataclasses.dataclass(frozen=True)
-class Method:
-    label: str
-    answer: Callable
-    flags: str = ""  # of ttsi.py
-    on: str = "uncertain"  # "certain", "all": what it is run on; the others are answered directly
-    needs: Callable | None = None  # (lab, seed, id) -> what it takes besides
-
-
-METHODS = {
-    "default": Method("TT-SI", ttsi.tt_si, on="all"),
-    "rest": Method("adapt the certain alone", adapted, on="certain"),
-    "paper": Method("the paper's setting", ttsi.tt_si, "--paper"),
-    "anothers": Method("another item's pairs", anothers, needs=other_of),
-    "struck": Method("unsaid options struck out by rule", struck, on="all", needs=direct_of),
-    "nearest": Method("nearest pair's tool, no training", nearest_tool, needs=pairs_of),
-    "icl": Method("pairs in the prompt (TT-ICL)", shown, needs=pairs_of),
-    "bias": Method("a bias vector for the LoRA", biased, needs=pairs_of),
-    "vote": Method("vote, at TT-SI's tokens", vote, "--temperature 1", needs=tokens_of),
-    "best": Method("best of N, at TT-SI's tokens", best_of, "--temperature 1", needs=tokens_of),
-    "teacher": Method("a teacher's pairs (TT-D)", ttsi.tt_si, needs=teacher_of),
-    "neighbours": Method("3 nearest labelled (TTT-NN)", neighbours, needs=pool_of),
-    "sft": Method(f"SFT on {LABELS} labels", fine_tuned, "--adapt full", "all", tuned_of),
-    "itself": Method("the item itself, a bound", itself, on="all", needs=label_of),
-}
-ALL = "adapt all (tau 2)"  # the rows of two methods, `default` and `rest`
-
-# What `choice` compares: FORK HERE. A cell that changes T alone takes the pairs of the default.
-CELLS = {
-    "rate-0.4": "--lr 0.4",
-    "rate-0.7": "--lr 0.7",
-    "3-steps": "--epochs 3",
-    "10-steps": "--epochs 10",
-    "adapt-full": "--adapt full",
-    "adamw": "--optimizer adamw --lr 1e-3",
-    "given-name": "--given name",
-    "given-nothing": "--given nothing",
-    "temperature-1": "--temperature 1",
-    "8-drafts": "--drafts 8",
-    "3-tools": "--k 3",
-    "no-check": "--no-check",
-}
-OF_T = {"lr", "epochs", "optimizer", "adapt", "lora_rank", "lora_alpha"}
-OF_H = {"model", "data", "seed", "dtype", "device", "shuffle", "max_new_tokens"}
-OF_ALL = ("read", "direct", "score")  # stages that no gate can spare
-
-CONTROLS = ["struck", "anothers", "nearest", "icl", "vote", "best", "bias"]
-CONTROLS += ["sft", "neighbours", "itself"]
-GROUPS = {  # group -> {table: its lines}
-    "own": {"own": ["default", ALL, "rest", "anothers", "nearest", "icl", "teacher"]},
-    "real": {"real": ["default", "paper", ALL, "rest"], "controls": CONTROLS},
-    "choice": {"choice": ["default", "struck", "itself", *CELLS]},
-}
-PLACES = {"own world": ["test"], "Seal-Tools": ["canonical_294", "sealtool"]}
-PLACES |= {"ToolAlpaca": ["canonical_real", "toolalpaca"], "NexusRaven": ["canonical_318"]}
-PLACES |= {"API-Bank": ["canonical_l1", "canonical_l2", "apibank_l1", "apibank_l2"]}
-
-
-def config(flags):
-    """Flags of ttsi.py -> Config."""
-    with ttsi.advising(f"flags {flags!r}"):
-        return ttsi.parse_arguments(flags.split())
-
-
-def method_of(name):
-    """-> a Method, or the one that a cell is."""
-    if name in METHODS:
-        return METHODS[name]
-    flags, default = CELLS[name], vars(ttsi.Config())
-    changed = {field for field, value in vars(config(flags)).items() if value != default[field]}
-    ttsi.need(not changed & OF_H, f"cell {name}: its direct answers would be others, too")
-    if changed <= OF_T:
-        return Method(f"`{flags}`", retrained, flags, needs=pairs_of)
-    return Method(f"`{flags}`", ttsi.tt_si, flags)
-
-
 # --------------------------------------------------------------------------------------- rows
 class Lab:
     """One model on one file of labelled samples, and the rows of all methods."""
 
     def __init__(self, args, data):
         self.args, self.data, self.known = args, Path(data), {}
-        self.folder = Path(args.rows) / Path(args.model).name
-        self.is_ours = HERE in self.data.resolve().parents  # else published rows hold no texts
-        self.place = next((p for p in PLACES if self.data.stem in PLACES[p]), self.data.stem)
+        self.place = PLACES.get(self.data.stem, self.data.stem)
 
     @functools.cached_property
     def samples(self):
@@ -397,99 +259,80 @@ class Lab:
         return loaded(self.args.model, self.args.flags)
 
     def config(self, name, seed):
-        cfg = config(f"{self.args.flags} {method_of(name).flags}")
-        return dataclasses.replace(cfg, seed=seed)
+        flags = f"{self.args.flags} {method_of(name).flags}"
+        return dataclasses.replace(ttsi.parse_arguments(flags.split()), seed=seed)
 
     def rows(self, name, seed):
         """-> {id: row} of a method, in the order of ids; what is missing is made. With --kept:
         None, where something is missing."""
         if (name, seed) not in self.known:
-            path = self.path(name, seed)
-            head, rows = read_rows(path)
-            same = not head or self.args.kept or head == self.head(name, seed)
-            ttsi.need(same, f"{path}*: of other settings, data or weights; remove, or give --rows")
             chosen = self.chosen(name, seed)
-            missing = [i for i in chosen if i not in rows]
-            if self.args.kept and (missing or not chosen and name == "default"):
+            if not self.args.kept:
+                self.make(name, seed, chosen)
+            _, rows = read_rows(self.path(name, seed))
+            if not rows.keys() >= {*chosen}:
                 return None
-            if missing:
-                rows = self.make(name, seed, path, missing)
-            if path.exists() and WORLD == 1 and not self.args.kept:
-                pack(path)
             self.known[name, seed] = {i: rows[i] for i in chosen}
         return self.known[name, seed]
 
-    def direct(self, seed):
-        """-> {id: row} of the direct answers, which TT-SI writes on its way; None: rows are
-        missing."""
-        rows, found = self.rows("default", seed), {}
-        if rows is None:
-            return None
-        for i, row in rows.items():
-            cost = {stage: row["cost"][stage] for stage in OF_ALL if row["cost"]}
-            bare = {"decision": "direct", "drafts": [], "pairs": [], "cost": cost}
-            found[i] = row | row["before"] | bare
-        return found
-
     def texts(self, name, seed):
         """-> the same rows with their texts."""
-        rows, path = self.rows(name, seed), self.path(name, seed)
-        if not self.is_ours and ("texts", path) not in self.known:
-            _, self.known["texts", path] = read_rows(self.beside(path))
-        whole = rows if self.is_ours else self.known["texts", path]
-        lost = rows.keys() - whole.keys()
-        ttsi.need(not lost, f"{self.beside(path)} lacks texts: remove {path}* and begin anew")
+        rows, path = self.rows(name, seed), self.path(name, seed, whole=True)
+        _, whole = read_rows(path)
+        ttsi.need(rows.keys() <= whole.keys(), f"{path} lacks texts: give other --rows")
         return {i: whole[i] for i in rows}
 
     def chosen(self, name, seed):
         """-> the ids that a method is run on, in their order."""
         if name == "default":
-            _, kept = read_rows(self.path(name, seed))
-            ids = kept if self.args.kept else self.samples
+            ids = read_rows(self.path(name, seed))[1] if self.args.kept else self.samples
             # Not the first of the file, which may be the easy ones; and more can be added later.
             ids = sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())
             return sorted(ids[: self.args.limit or None])
-        direct, on = self.rows("default", seed), method_of(name).on
-        answered = [i for i in direct if direct[i]["margin"] is not None]
+        rows, on = self.rows("default", seed) or {}, method_of(name).on
+        answered = [i for i in rows if rows[i]["margin"] is not None]
         if on == "all" or self.args.quick:
             return answered
         cfg = self.config(name, seed)
-        sure = {i: ttsi.certainty(direct[i]["margin"], direct[i]["flaw"], cfg) for i in answered}
+        sure = {i: ttsi.certainty(rows[i]["margin"], rows[i]["flaw"], cfg) for i in answered}
         return [i for i in answered if (sure[i] < cfg.tau) == (on == "uncertain")]
 
-    def path(self, name, seed):
-        """-> the file of a method's rows."""
+    def path(self, name, seed, whole=False):
+        """-> the file of a method's rows; whole ones, with a benchmark's texts, lie elsewhere."""
+        is_ours = HERE in self.data.resolve().parents
+        folder = self.args.texts if whole and not is_ours else self.args.rows
         key = hashlib.sha256(f"{name} {method_of(name).flags}".encode()).hexdigest()[:8]
-        return self.folder / f"{self.data.stem}-{name}-{seed}-{key}.jsonl"
-
-    def beside(self, path):
-        """-> where the texts of these rows are."""
-        return Path(self.args.texts) / path.parent.name / path.name
+        file = f"{self.data.stem}-{name}-{seed}-{key}.jsonl"
+        return Path(folder) / Path(self.args.model).name / file
 
     def head(self, name, seed):
         """-> the first line of a file: method, settings, data and weights of its rows."""
-        needs, args = method_of(name).needs, self.args
-        more = {pool_of: args.pool, tuned_of: args.pool, teacher_of: weights(args.teacher)}
-        files = [self.data, *weights(args.model), *more.get(needs, [])]
+        pool = self.args.pool
+        more = {Lab.pool: pool, Lab.tuned: pool, Lab.teacher: weights(TEACHER)}
+        files = [self.data, *weights(self.args.model), *more.get(method_of(name).needs, [])]
         flags = vars(self.config(name, seed)) | {"model": "", "device": ""}
         return {"rows of": name, "flags": flags, "files": [*map(digest, files)]}
 
-    def make(self, name, seed, path, missing):
-        """Makes rows, each kept as it comes -> {id: row} of the whole file."""
+    def make(self, name, seed, chosen):
+        """Makes the rows that are missing, each kept as it comes."""
+        path, whole = self.path(name, seed), self.path(name, seed, whole=True)
         head = self.head(name, seed)
-        whole = path if self.is_ours else self.beside(path)
-        for file in {path, whole}:
-            begin(file, head)
-        mine = {*self.chosen(name, seed)[RANK::WORLD]}
-        for i in tqdm([i for i in missing if i in mine], desc=path.stem):
+        kept, rows = read_rows(path)
+        same = kept in (None, head)
+        ttsi.need(same, f"{path}*: of other settings, data or weights; remove, or give --rows")
+        mine = [i for i in chosen[RANK::WORLD] if i not in rows]
+        if mine:
+            for file in {path, whole}:
+                begin(file, head)
+        for i in tqdm(mine, desc=path.stem, disable=not mine):
             row = self.row(name, seed, i)
             append(whole, row)
-            if not self.is_ours:
+            if whole != path:
                 append(path, slim(row))
-        rows = read_rows(path)[1]
-        left = len({*missing} - rows.keys())
+        left = len({*chosen} - read_rows(path)[1].keys())
         ttsi.need(not left, f"{path}: {left} rows are left to other processes; then run this again")
-        return rows
+        if path.exists() and WORLD == 1:
+            pack(path)
 
     def row(self, name, seed, i):
         """-> what a method does with a sample. Only then is the sample's label looked at."""
@@ -502,21 +345,67 @@ class Lab:
             result = ttsi.Result(i, cost={}, decision=f"not answered: {e}")
         row = dataclasses.asdict(result)
         # What was done once, before the gate and to write pairs, all have paid for.
-        if result.cost and method.on == "uncertain":
-            row["cost"] = self.direct(seed)[i]["cost"] | row["cost"]
-        if result.cost and method.needs in (pairs_of, other_of):
-            row["drafts"] = []
-            row["cost"]["generate"] = self.rows("default", seed)[i]["cost"]["generate"]
+        if method.on == "uncertain":
+            before = self.rows("default", seed)[i]
+            row["cost"] = direct_row(before)["cost"] | row["cost"]
+            if method.needs in (Lab.pairs, Lab.other):
+                row["cost"]["generate"] = before["cost"]["generate"]
         row |= scored(result.answer, sample["call"])
         row["before"] = scored(result.direct, sample["call"])
         names = sorted(tool["name"] for tool in sample["tools"])
         row["tools"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
         row["offered"] = len(names)
         # Numbers are rounded; one that is none is null.
-        text = json.dumps(row)
-        return json.loads(
-            text, parse_float=lambda x: round(float(x), 5), parse_constant=lambda x: None
-        )
+        how = {"parse_float": lambda x: round(float(x), 5), "parse_constant": lambda x: None}
+        return json.loads(json.dumps(row), **how)
+
+    # What methods need besides, of a seed and a sample.
+    def default(self, seed, i):
+        """-> TT-SI's row, with its texts."""
+        return self.texts("default", seed)[i]
+
+    def pairs(self, seed, i):
+        """-> the pairs that TT-SI trained on."""
+        return self.default(seed, i)["pairs"]
+
+    def other(self, seed, i):
+        """-> the next sample that has pairs, without its label, and these pairs as `kept`."""
+        rows = self.texts("default", seed)
+        others = [j for j in rows if j != i and rows[j]["pairs"]]
+        ttsi.need(others, f"{i}: no other sample has pairs; give a higher --limit")
+        j = min(others, key=lambda j: (j < i, j))  # behind the last comes the first
+        return unlabelled(self.samples[j]) | {"kept": rows[j]["pairs"]}
+
+    def tokens(self, seed, i):
+        """-> how many tokens TT-SI has for G, for T and for its answer."""
+        cost = self.rows("default", seed)[i]["cost"]
+        return sum(tokens for stage, (_, tokens) in cost.items() if stage not in OF_ALL)
+
+    def label(self, seed, i):
+        return self.samples[i]["call"]
+
+    def teacher(self, seed, i):
+        return loaded(TEACHER, self.args.flags)
+
+    def pool(self, seed, i):
+        """-> the samples of --pool, without the requests of this file."""
+        ours = {request_of(sample) for sample in self.samples.values()}
+        files = [ttsi.read_jsonl(path, ttsi.to_sample).values() for path in self.args.pool]
+        found = [s for file in files for s in file if "call" in s and request_of(s) not in ours]
+        ttsi.need(len(found) > 2, "give --pool FILE ..., three labelled samples and more")
+        return found
+
+    def tuned(self, seed, i):
+        """-> the LoRA of SFT, trained once a seed."""
+        if ("tuned", seed) not in self.known:
+            pool = self.pool(seed, i)[: 8 if self.args.quick else LABELS]
+            self.known["tuned", seed] = fine_tune(*self.base, pool, self.config("sft", seed))
+        return self.known["tuned", seed]
+
+
+@functools.cache
+def loaded(name, flags):
+    return ttsi.load(name, ttsi.parse_arguments(flags.split()))
 
 
 def scored(text, gold):
@@ -537,9 +426,17 @@ def slim(row):
     return row
 
 
+def direct_row(row):
+    """TT-SI's row -> that of the direct answer, which it wrote on its way."""
+    cost = {stage: row["cost"][stage] for stage in OF_ALL if row["cost"]}
+    return row | row["before"] | {"decision": "direct", "drafts": [], "cost": cost}
+
+
 def weights(folder):
     names = ("*.safetensors", "tokenizer.json", "*.jinja", "config.json")
-    return sorted(path for name in names for path in Path(folder).glob(name))
+    found = sorted(path for name in names for path in Path(folder).glob(name))
+    ttsi.need(found, f"{folder}: no folder with a model; save_pretrained makes one")
+    return found
 
 
 @functools.cache
@@ -587,18 +484,81 @@ def pack(path):
     path.unlink()
 
 
+# ------------------------------------------------------------------------ methods, cells, groups
+@dataclasses.dataclass(frozen=True)
+class Method:
+    label: str
+    answer: Callable
+    flags: str = ""  # of ttsi.py
+    on: str = "uncertain"  # "certain", "all": what it is run on; the others are answered directly
+    needs: Callable | None = None  # (lab, seed, id) -> what it takes besides
+
+
+METHODS = {
+    "default": Method("TT-SI", ttsi.tt_si, on="all"),
+    "rest": Method("adapt the certain alone", adapted, on="certain"),
+    "paper": Method("the paper's setting", ttsi.tt_si, "--paper"),
+    "anothers": Method("another item's pairs", anothers, needs=Lab.other),
+    "struck": Method("unsaid options struck out by rule", struck, on="all", needs=Lab.default),
+    "nearest": Method("nearest pair's tool, no training", nearest_tool, needs=Lab.pairs),
+    "icl": Method("pairs in the prompt (TT-ICL)", shown, needs=Lab.pairs),
+    "bias": Method("a bias vector for the LoRA", biased, needs=Lab.pairs),
+    "vote": Method("vote, at TT-SI's tokens", vote, "--temperature 1", needs=Lab.tokens),
+    "best": Method("best of N, at TT-SI's tokens", best_of, "--temperature 1", needs=Lab.tokens),
+    "teacher": Method("a teacher's pairs (TT-D)", ttsi.tt_si, needs=Lab.teacher),
+    "neighbours": Method("3 nearest labelled (TTT-NN)", neighbours, needs=Lab.pool),
+    "sft": Method(f"SFT on {LABELS} labels", fine_tuned, "--adapt full", "all", Lab.tuned),
+    "itself": Method("the item itself, a bound", itself, on="all", needs=Lab.label),
+}
+ALL = "adapt all (tau 2)"  # the rows of two methods, `default` and `rest`
+
+# What `choice` compares: FORK HERE. A cell that changes T alone takes the pairs of the default.
+CELLS = {
+    "rate-0.4": "--lr 0.4",
+    "rate-0.7": "--lr 0.7",
+    "3-steps": "--epochs 3",
+    "10-steps": "--epochs 10",
+    "adapt-full": "--adapt full",
+    "adamw": "--optimizer adamw --lr 1e-3",
+    "given-name": "--given name",
+    "given-nothing": "--given nothing",
+    "temperature-1": "--temperature 1",
+    "8-drafts": "--drafts 8",
+    "3-tools": "--k 3",
+    "no-check": "--no-check",
+}
+OF_T = {"lr", "epochs", "optimizer", "adapt", "lora_rank", "lora_alpha"}
+
+CONTROLS = ["struck", "anothers", "nearest", "icl", "vote", "best", "bias"]
+CONTROLS += ["sft", "neighbours", "itself"]
+GROUPS = {  # group -> {table: its lines}
+    "own": {"own": ["default", ALL, "rest", "anothers", "nearest", "icl", "teacher"]},
+    "real": {"real": ["default", "paper", ALL, "rest"], "controls": CONTROLS},
+    "choice": {"choice": ["default", "struck", "itself", *CELLS]},
+}
+
+
+def method_of(name):
+    """-> a Method, or the one that a cell is."""
+    if name in METHODS:
+        return METHODS[name]
+    flags, default = CELLS[name], vars(ttsi.Config())
+    found = vars(ttsi.parse_arguments(flags.split()))
+    if {key for key in found if found[key] != default[key]} <= OF_T:
+        return Method(f"`{flags}`", retrained, flags, needs=Lab.pairs)
+    return Method(f"`{flags}`", ttsi.tt_si, flags)
+
+
 # ------------------------------------------------------------------------------------- tables
 def run_of(lab, names, seed):
     """-> [(direct row, row), ...]: what no method was run on was answered directly. None: rows are
     missing."""
-    direct = lab.direct(seed)
-    if direct is None:
+    default, *others = [lab.rows(name, seed) for name in ["default", *names]]
+    if None in (default, *others):
         return None
+    direct = {i: direct_row(row) for i, row in default.items()}
     found = dict(direct)
-    for name in names:
-        rows = lab.rows(name, seed)
-        if rows is None:
-            return None
+    for rows in others:
         found |= rows
     return [(row, found[i]) for i, row in direct.items()]
 
@@ -609,17 +569,16 @@ def places_of(labs, names):
     for place in dict.fromkeys(lab.place for lab in labs):
         for seed in labs[0].args.seeds:
             runs = [run_of(lab, names, seed) for lab in labs if lab.place == place]
-            if None not in runs:
+            if all(runs):
                 places.setdefault(place, {})[seed] = sum(runs, [])
     return places
 
 
-def results_of(group, args):
+def results_of(group, args, files):
     """Makes what is missing of a group -> {table: {label: {place: {seed: run}}}}"""
-    labs = [Lab(args, path) for path in files_of(group, args)]
-    found = {}
+    labs = [Lab(args, path) for path in files]
+    found = {table: {} for table in GROUPS[group]}
     for table, lines in GROUPS[group].items():
-        found[table] = {}
         for line in lines:
             names = ["default", "rest"] if line == ALL else [line]
             label = ALL if line == ALL else method_of(line).label
@@ -659,18 +618,17 @@ def draw(found, name, folder):
     """Of the tables of a group NAME.svg, the differences of all lines, and NAME-tau.svg, where all
     were adapted -> markdown that shows them."""
     lines = {label: places for table in found.values() for label, places in table.items()}
-    forest, curves, shown = [], {}, ""
+    forest, curves = [], {}
     for place in dict.fromkeys(place for places in lines.values() for place in places):
         forest.append((place,))
         for label, places in lines.items():
-            runs = [*places.get(place, {}).values()]
-            if runs:
+            if place in places:
+                runs = [*places[place].values()]
                 forest.append((label, *figures.difference([runs])))
-            if runs and label == ALL:
-                curves[place] = figures.gain_by_tau(runs)
-    if forest:
-        figures.forest(forest, folder / f"{name}.svg")
-        shown += f"![differences with their intervals]({name}.svg)\n\n"
+                if label == ALL:
+                    curves[place] = figures.gain_by_tau(runs)
+    figures.forest(forest, folder / f"{name}.svg")
+    shown = f"![differences with their intervals]({name}.svg)\n\n"
     if curves:
         figures.tau_curves(curves, folder / f"{name}-tau.svg")
         shown += f"![the gain over tau]({name}-tau.svg)\n\n"
@@ -679,24 +637,21 @@ def draw(found, name, folder):
 
 # ------------------------------------------------------------------------------------ running
 def files_of(group, args):
-    """-> the files of a group: those that were given, or with --kept those that have rows."""
-    if group == "own":
-        return args.data or [HERE / "test.jsonl"]
-    if args.data or not args.kept:
-        ttsi.need(args.data, f"{group}: give --model FOLDER --data FILE ..., labelled samples")
-        return args.data
-    folder = Path(args.rows) / Path(args.model).name
-    stems = {path.name.split("-default-")[0] for path in folder.glob("*-default-*")}
-    # What is chosen on has dev in its name.
-    return sorted(stem for stem in stems if ("dev" in stem) == (group == "choice"))
-
-
-def models_of(group, args):
-    """-> the models of a group: the one that was given, or with --kept those that have rows."""
-    own = Path(ttsi.Config.model)
-    if group == "own" or args.model or not args.kept:
-        return [args.model or str(own)]
-    return sorted(path.name for path in Path(args.rows).glob("*") if path.name != own.name)
+    """-> {model: its files}: those that were given, or with --kept those that have rows."""
+    own = ttsi.Config.model
+    if not args.kept:
+        data = args.data or ([HERE / "test.jsonl"] if group == "own" else [])
+        ttsi.need(data, f"{group}: give --model FOLDER --data FILE ..., labelled samples")
+        return {args.model or own: data}
+    files = {}
+    for path in sorted(Path(args.rows).glob("*/*-default-*")):
+        model, stem = path.parent.name, path.name.split("-default-")[0]
+        kind = "choice" if "dev" in stem else "real"  # its name tells what is chosen on
+        if model == Path(own).name:
+            kind = "own"
+        if kind == group:
+            files.setdefault(model, {})[stem] = None
+    return files
 
 
 def parse_arguments(argv):
@@ -707,27 +662,26 @@ def parse_arguments(argv):
     p.add_argument("--model", default="", help="folder of a model, for real and choice")
     p.add_argument("--data", nargs="*", default=[], help="files of labelled samples")
     p.add_argument("--pool", nargs="*", default=[], help="other labelled files, for SFT and TTT-NN")
-    p.add_argument("--teacher", default=str(HERE / "teacher"), help="who writes the pairs of TT-D")
     p.add_argument("--flags", default="", help='of ttsi.py, as in --flags="--dtype bfloat16"')
     p.add_argument("--seeds", nargs="*", type=int, default=[], help="none: 0; with --kept: all")
     p.add_argument("--limit", type=int, default=0, help="so many items of a file, by a hash")
-    p.add_argument("--kept", action="store_true", help="of kept rows; alone: writes the page")
+    p.add_argument("--kept", action="store_true", help="of all kept rows; alone: writes the page")
     p.add_argument("--quick", action="store_true", help="two samples of each; keeps nothing")
     p.add_argument("--rows", default=str(RESULTS / "rows"), help="where rows are kept")
     p.add_argument("--texts", default=str(TEXTS), help="where those of benchmarks have their texts")
     args = p.parse_args(argv)
     if args.quick:
         args.flags += " --tau 2"  # or nothing might be adapted
+        args.rows, args.texts, args.limit = tempfile.mkdtemp(), tempfile.mkdtemp(), 2
+        args.data = args.data or [HERE / "dev.jsonl"]
+        args.pool = args.pool or [HERE / "demo.jsonl"]
     args.seeds = args.seeds or [*range(10 if args.kept else 1)]
     known = {*METHODS, *CELLS}
     ttsi.need(args.group in (None, *GROUPS), f"no group {args.group}: {', '.join(GROUPS)}")
     ttsi.need(known >= {*args.methods}, f"no method {args.methods}: {', '.join(known)}")
     ttsi.need(args.group or args.kept or args.quick, "give a group, --kept or --quick")
-    labels = args.group == "real" and {*(args.methods or CONTROLS)} & {"sft", "neighbours"}
-    enough = args.pool or args.kept or args.quick or not labels
-    ttsi.need(enough, "real: give --pool FILE ..., or name the methods, without sft and neighbours")
-    is_folder = not args.model or args.kept or Path(args.model).is_dir()
-    ttsi.need(is_folder, f"--model {args.model}: no folder; save_pretrained makes one")
+    needs_pool = args.group == "real" and not (args.methods or args.kept)
+    ttsi.need(args.pool or not needs_pool, "real: give --pool FILE ..., or name the methods")
     return args
 
 
@@ -736,26 +690,18 @@ def main(argv, results=RESULTS):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     args = parse_arguments(argv)
-    if args.quick:
-        args.rows, args.texts = tempfile.mkdtemp(), tempfile.mkdtemp()
-        results, args.limit, args.seeds = Path(args.rows), 2, [0]
-        args.data = args.data or [HERE / "dev.jsonl"]
-        args.pool = args.pool or [HERE / "demo.jsonl"]
     for group in [args.group] if args.group else GROUPS:
-        for model in models_of(group, args):
-            now = argparse.Namespace(**vars(args) | {"model": model})
-            found = results_of(group, now)
+        for model, files in files_of(group, args).items():
+            found = results_of(group, argparse.Namespace(**vars(args) | {"model": model}), files)
             ours = next(iter(found.values())).get("TT-SI", {})
-            name = group if group == "own" else f"{group}-{Path(model).name}"
-            is_drawn = group != "choice" and (argv == ["--kept"] or args.quick)
-            pictures = draw(found, name, results) if is_drawn else ""
             for table, lines in found.items():
                 title = table if group == "own" else f"{table} {Path(model).name}"
                 text = table_of(lines, ours, group == "real")
                 print(f"\n{title}\n\n{text}", flush=True)
                 if argv == ["--kept"]:
-                    publish(title, pictures + text, results / "README.md")
-                pictures = ""  # they stand once, over the first table
+                    if table in ("own", "real"):
+                        text = draw(found, title.replace(" ", "-"), results) + text
+                    publish(title, text, results / "README.md")
 
 
 if __name__ == "__main__":

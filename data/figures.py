@@ -10,11 +10,9 @@ import statistics
 
 import matplotlib
 import torch
+from matplotlib.figure import Figure
 
-matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-import ttsi  # noqa: E402
+import ttsi
 
 
 # ------------------------------------------------------------------------------------ numbers
@@ -32,10 +30,9 @@ def bootstrap(changes, resamples=10_000):
 def changes_of(runs):
     """Runs of several seeds -> {list of tools: [an item's mean change of right calls, points]}"""
     items = {}
-    for run in runs:
-        for before, after in run:
-            item = items.setdefault((after["tools"], after["id"]), [])
-            item.append(100 * (after["grade"][1] - before["grade"][1]))
+    for before, after in sum(runs, []):
+        item = items.setdefault((after["tools"], after["id"]), [])
+        item.append(100 * (after["grade"][1] - before["grade"][1]))
     changes = {}
     for (tools, _), item in items.items():
         changes.setdefault(tools, []).append(statistics.mean(item))
@@ -100,13 +97,16 @@ def gain_by_tau(runs):
 
 
 # ------------------------------------------------------------------------------------- tables
-# Parts of the items, by TT-SI's direct rows: has the answer a flaw, is the margin below tau?
-PARTS = {
-    "two tools and more": lambda row, flaw, small: row["offered"] > 1,
-    "neither flaw nor small margin": lambda row, flaw, small: not flaw and not small,
-    "a flaw alone": lambda row, flaw, small: flaw and not small,
-    "a small margin alone": lambda row, flaw, small: small and not flaw,
-    "both": lambda row, flaw, small: flaw and small,
+def is_small(row):
+    return (row["margin"] or 0.0) < ttsi.Config.tau
+
+
+PARTS = {  # of the items, by TT-SI's direct rows
+    "two tools and more": lambda row: row["offered"] > 1,
+    "neither flaw nor small margin": lambda row: not row["flaw"] and not is_small(row),
+    "a flaw alone": lambda row: row["flaw"] and not is_small(row),
+    "a small margin alone": lambda row: is_small(row) and not row["flaw"],
+    "both": lambda row: row["flaw"] and is_small(row),
 }
 
 
@@ -115,11 +115,7 @@ def part(places, name):
     found = {}
     for place, runs in places.items():
         for seed, run in runs.items():
-            items = []
-            for row, after in run:
-                small = (row["margin"] or 0.0) < ttsi.Config.tau
-                if PARTS[name](row, bool(row["flaw"]), small):
-                    items.append((row, after))
+            items = [pair for pair in run if PARTS[name](pair[0])]
             if items:
                 found.setdefault(place, {})[seed] = items
     return found
@@ -141,11 +137,11 @@ def as_text(points, low, high):
 def cells(label, place, runs, ours, scored):
     """A method's runs at one place, those of TT-SI on the same items, and whether with F1 -> the
     cells of a line, by column."""
-    pairs = [pair for run in runs for pair in run]
+    pairs = sum(runs, [])
     before, after = zip(*pairs, strict=True)
     gains = [gain for items in changes_of(runs).values() for gain in items]
     adapted = sum(row["decision"] == "adapted" for row in after)
-    verdicts = [draft["verdict"] for row in after for draft in row["drafts"]]
+    kept = [draft["verdict"] == "kept" for row in after for draft in row["drafts"]]
     seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
 
     found = {"": label, "items": f"{len(runs[0])}, {place}{seeds}"}
@@ -156,9 +152,7 @@ def cells(label, place, runs, ours, scored):
     repaired, broken = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     found["repaired / broken"] = f"{repaired} / {broken}"
     found["adapted"] = f"{adapted / len(runs):.0f}"
-    found["drafts kept"] = ""
-    if verdicts:
-        found["drafts kept"] = f"{100 * verdicts.count('kept') / len(verdicts):.0f} %"
+    found["drafts kept"] = f"{100 * statistics.mean(kept):.0f} %" if kept else ""
     for unit, column in enumerate(("seconds", "tokens")):
         found[column] = f"{cost_ratio(pairs, unit):.1f} x"
     if scored:
@@ -182,24 +176,16 @@ def markdown(lines):
 UP, DOWN, NEITHER = "#2b8cd8", "#e0523f", "#8a8a8a"
 LINES = ("#2b8cd8", "#e08a1e", "#2fa26b", "#b06fd0", "#e0523f", "#8a8a8a")
 WIDTH = 390 / 72  # inches: the unit of an SVG is a 72nd of one
-STYLE = {
+GREY = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+STYLE = dict.fromkeys(GREY, NEITHER) | {
     "svg.hashsalt": "ttsi",  # or ids differ from run to run
     "svg.fonttype": "none",  # text stays text
     "font.size": 13,
-    "text.color": NEITHER,
-    "axes.labelcolor": NEITHER,
-    "axes.edgecolor": NEITHER,
-    "xtick.color": NEITHER,
-    "ytick.color": NEITHER,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-
-
-def save(figure, path):
-    """Writes an SVG, and nothing of when and with what it was made."""
-    figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
+# Nothing of when and with what it was made.
+SAVE = {"transparent": True, "metadata": {"Date": None, "Creator": None}}
 
 
 @matplotlib.rc_context(STYLE)
@@ -207,7 +193,8 @@ def forest(lines, path):
     """[(heading,), or (label, points, low, high)] -> differences with their intervals, one below
     the other, each under its label."""
     height = 0.46 * len(lines) + 0.8  # inches
-    figure, axes = plt.subplots(figsize=(WIDTH, height))
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.subplots()
     figure.subplots_adjust(left=0.03, right=0.97, top=1 - 0.1 / height, bottom=0.7 / height)
     ends = [-1, 1, *(end for line in lines for end in line[2:])]
     room = 0.05 * (max(ends) - min(ends))
@@ -223,13 +210,14 @@ def forest(lines, path):
             axes.text(0, at + 0.7, label, weight="bold", transform=edges)
             continue
         points, low, high = numbers
-        colour = UP if low > 0 else DOWN if high < 0 else NEITHER
+        colour = UP if low > 0 else NEITHER
+        if high < 0:
+            colour = DOWN
         axes.text(0, at + 0.42, label, transform=edges)
-        text = as_text(points, low, high)
-        axes.text(1, at + 0.42, text, transform=edges, ha="right", color=colour)
+        axes.text(1, at + 0.42, as_text(*numbers), transform=edges, ha="right", color=colour)
         axes.plot([low, high], [at + 0.7, at + 0.7], color=colour, linewidth=2.5)
         axes.plot(points, at + 0.7, "o", color=colour, markersize=7)
-    save(figure, path)
+    figure.savefig(path, **SAVE)
 
 
 @matplotlib.rc_context(STYLE)
@@ -240,14 +228,14 @@ def tau_curves(curves, path):
     def place(tau):
         return -math.log10(max(1 - tau, 1e-4))
 
-    figure, axes = plt.subplots(figsize=(WIDTH, 4.6))
+    figure = Figure(figsize=(WIDTH, 4.6))
+    axes = figure.subplots()
     axes.axhline(0, color=NEITHER, linewidth=1)
     axes.axvline(place(ttsi.Config.tau), color=NEITHER, linewidth=1, linestyle=":")
     for colour, (label, points) in zip(LINES, curves.items(), strict=False):
         points = [*points, (1.0, *points[-1][1:])]  # up to the edge
-        x = [place(tau) for tau, _, _ in points]
-        below = [gain for _, gain, _ in points]
-        above = [gain for _, _, gain in points]
+        taus, below, above = zip(*points, strict=True)
+        x = [place(tau) for tau in taus]
         axes.step(x, below, where="post", color=colour, linewidth=2.5, label=label)
         axes.step(x, above, where="post", color=colour, linewidth=1.5, linestyle="--")
     ticks = (0, 0.5, 0.9, 0.99, 0.999, 0.9999)
@@ -255,8 +243,8 @@ def tau_curves(curves, path):
     axes.set_xlim(0, place(1.0))
     axes.set_xlabel(f"tau (dotted: the default, {ttsi.Config.tau})")
     axes.set_ylabel("gain, points of right calls")
-    legend = figure.legend(loc="upper left", frameon=False, ncols=2)
-    legend.set_title("adapted below tau; dashed: the others")
+    title = "adapted below tau; dashed: the others"
+    figure.legend(loc="upper left", frameon=False, ncols=2, title=title)
     top = 0.87 - 0.05 * math.ceil(len(curves) / 2)
     figure.subplots_adjust(left=0.15, right=0.92, bottom=0.13, top=top)
-    save(figure, path)
+    figure.savefig(path, **SAVE)

@@ -74,7 +74,6 @@ def main(argv=None):
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--base", help=f"a folder or hub name; default: the package {PACKAGE}")
     args = parser.parse_args(argv)
-    transformers.logging.set_verbosity_error()
     try:
         model, tok = get_base(args.base)
         add_delta(model)
@@ -85,7 +84,6 @@ def main(argv=None):
         tok.save_pretrained(args.out)
     except Exception as e:  # no package, no folder, another architecture: each has its own class
         sys.exit(f"smollm2.py: {' '.join(str(e).split())[:200]}")
-    print(f"python ttsi.py --model {args.out} --data ...")
 
 
 if __name__ == "__main__":

@@ -387,7 +387,7 @@ def test_a_benchmarks_rows_hold_no_texts_and_its_pairs_are_found(lab, tmp_path):
         said += [tool["name"] for tool in sample["tools"]]
         assert not any(text in json.dumps(rows) for text in said), f"published: {rows}"
     for i, row in lab.rows("default", 0).items():
-        assert experiments.pairs_of(other, 0, i) == row["pairs"]
+        assert other.pairs(0, i) == row["pairs"]
 
 
 def test_a_run_that_was_cut_off_makes_what_is_missing_alone(tmp_path, monkeypatch):
@@ -435,7 +435,7 @@ def test_other_settings_of_t_train_on_the_pairs_of_the_default(lab):
 def test_anothers_pairs_are_about_its_own_tools(lab):
     model, tok = lab.base
     for i, row in lab.rows("anothers", 0).items():
-        other = experiments.other_of(lab, 0, i)
+        other = lab.other(0, i)
         x = ttsi.prepare(tok, other, lab.config("default", 0))
         spans = [ttsi.span(tok, x, pair["request"], pair["call"]) for pair in other["kept"]]
         loss = [
