@@ -87,15 +87,13 @@ REFUSED = [("longrope", "Llama", {"rope_parameters": {"rope_type": "longrope"} |
 REFUSED += [("dynamic", "Llama", {"rope_parameters": {"rope_type": "dynamic"} | ROPE})]
 REFUSED += [("embedding", "Llama", {"vocab_size": 1250}), ("cache", "FalconH1", FALCON)]
 REFUSED += [("cache", "Mamba", {}), ("cache", "Rwkv", {"attention_hidden_size": 32})]
-FEW = ("Llama", "Qwen2", "Gemma3Text")
-LONG = [kind for kind in KINDS if kind in FEW or SLOW]
+LONG = [*KINDS] if SLOW else ["Llama", "Qwen2", "Gemma3Text"]
 TOKENIZERS = ["embedded", "bytes", "sentencepiece", *(REAL := ["qwen3", "llama3_1", "gemma3"])]
 CALLS = "{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}"
 SHOWN = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
 SHOWN += "{% if m.role == 'assistant' %}Answer:{% endif %}{{ m.content }}" + CALLS
 SHOWN += "{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
-DATED = "{{ '' if enable_thinking is defined else '<think>' }}"
-DATED += "[{{ date_string + strftime_now('%B') }}]Answer:"
+DAY = "{{ '' if enable_thinking is defined else '<think>' }}{{ date_string + strftime_now('%B') }}"
 
 
 def small(tok, kind="Llama", **more):
@@ -124,11 +122,9 @@ def tokenizer(name):
     if name == "bytes":  # nothing is split: tokens merge across whatever stands side by side
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return bpe(level, decoders.ByteLevel(), ["}/", "}}/", '":', '",', "2,", '"}', '"O'], SHOWN)
-    if name == "sentencepiece":  # a blank is put before a text; the template shows no tools
-        meta, template = pre_tokenizers.Metaspace(split=False), SHOWN.replace("tools or", "")
+    if name == "sentencepiece":  # it puts a blank first; the template shows the day, no tools
+        meta, template = pre_tokenizers.Metaspace(split=False), DAY + SHOWN.replace("tools or", "")
         return bpe(meta, decoders.Metaspace(), [":{", '"_', '",', "}}"], template)
-    if name == "dated":
-        return templated(tokenizer("embedded"), SHOWN.replace("Answer:", DATED))
     folder = HERE.parent / "shared/tokenizers" / name if name in REAL else HERE / "data/model"
     if not folder.exists():
         pytest.skip("no real tokenizers beside this checkout")
@@ -211,25 +207,22 @@ def wrapped(model, lora, cfg, skip):
 
 
 def naive_train(model, tok, x, pairs, cfg):
-    """T, each pair a forward pass of its own -> (loss before each step, the adapted model)."""
+    """T by Polyak, each pair a forward pass of its own -> (loss before each step, the adapted
+    model)"""
     spans = [joined(tok, x, user(p["request"]), p["call"]) for p in pairs]
     shared = len(os.path.commonprefix([x.ids[: x.head], *(ids for ids, _ in spans)]))
     skip, losses = shared * (cfg.adapt == "suffix"), []
     with ttsi.temporary_lora(model, cfg, ttsi.draw(cfg.seed, x.id, "adapter")) as lora:
-        adamw = torch.optim.AdamW(lora, weight_decay=0.0)  # the hooks go, the parameters stay
+        pass  # the hooks go, the parameters stay
     for step in range(cfg.epochs):
         now = wrapped(model, lora, cfg, skip)
         loss = sum(-naive_logp(now, ids, at) / (len(ids) - at) for ids, at in spans) / len(spans)
         losses.append(loss.item())
-        lr = adamw.param_groups[0]["lr"] = cfg.lr * (1 + math.cos(math.pi * step / cfg.epochs)) / 2
-        adamw.zero_grad()
-        loss.backward()
-        if cfg.optimizer == "adamw":
-            adamw.step()
-            continue
-        square = sum(p.grad.square().sum() for p in lora)
-        for p in lora:
-            p.data -= lr * loss.item() / square * p.grad
+        lr = cfg.lr * (1 + math.cos(math.pi * step / cfg.epochs)) / 2
+        gradient = torch.autograd.grad(loss, lora)
+        square = sum(g.square().sum() for g in gradient)
+        for p, g in zip(lora, gradient, strict=True):
+            p.data -= lr * loss.item() / square * g
     return losses, wrapped(model, lora, cfg, skip)
 
 
@@ -256,18 +249,6 @@ def test_margin_and_interval():
         means = sorted(sum(resample) / len(d) for resample in itertools.product(d, repeat=len(d)))
         want = [means[round(q * (len(means) - 1))] for q in (0.025, 0.975)]
         assert ttsi.interval(d) == pytest.approx(want, abs=1e-3), "not that of all resamples"
-
-
-# Guards: logits and labels shifted, padding scored, a cache continued at the wrong place.
-@pytest.mark.parametrize("kind", LONG)
-def test_logprob_is_that_of_one_token_at_a_time(kind):
-    model, read = small(TOK, kind), [5, 6, 7]
-    spans = [([*read, 8, 9, 10], 4), ([*read, 11], 3), ([*read, 8, 9, 3, 4, 2, 1], 6)]
-    for n in range(3):
-        got = ttsi.logprob(spans, ttsi.Prefix(model, read[:n])).tolist()
-        for (ids, at), logp in zip(spans, got, strict=True):
-            want = sum(naive_logp(model, ids[: i + 1], i).item() for i in range(at, len(ids)))
-            assert logp == pytest.approx(want, rel=1e-3, abs=2e-3), f"{ids} behind {n} tokens"
 
 
 # Guards: a name without what closes it, escaped, decomposed, or found in the call's own keys.
@@ -314,24 +295,6 @@ def test_six_hundred_tools_are_prepared_in_linear_work(monkeypatch):
 
 
 # ------------------------------------------------------------------------------ G, in lockstep
-# Guards: a row that sees its neighbours, also when these have ended, or is drawn by their draws.
-@pytest.mark.parametrize("given", ["keys", "name", "nothing"])
-@pytest.mark.parametrize("model,room", [(MODEL, 60), (LLAMA, 30)], ids=["embedded", "Llama"])
-def test_every_draft_is_what_writing_it_alone_gives(model, room, given):
-    cfg = ttsi.Config(max_new_tokens=room)
-    x, nothing, tools, _ = begin(model, TOK, DEMO[3], cfg)
-    ids, _ = ttsi.span(TOK, x, ttsi.draft_prompt(MODEL, x.request))
-
-    def write(prefix, *numbers):
-        rngs, schemas = [ttsi.draw(n) for n in numbers], [*x.schemas.items()]
-        rows = [ttsi.outline(*schemas[n % 2], given, r) for n, r in zip(numbers, rngs, strict=True)]
-        return ttsi.write(TOK, ids, prefix, cfg, rows, rngs)
-
-    together = write(ttsi.Prefix(model, ids[:-1], tools), *range(3))
-    assert together == [write(nothing, n)[0] for n in range(3)], "a draft sees its neighbours"
-    assert len({*together}) == 3, "all are drawn alike"
-
-
 class Scripted:
     """A Prefix of a model that writes given values, and behind each what it would rather write."""
 
@@ -429,14 +392,6 @@ def test_an_answer_with_a_flaw_is_uncertain_about_its_tool():
         assert ttsi.doubtful_tools(result, x, replace(FIRST, **how)) == want, (call, margin, how)
 
 
-# Guards: another prompt for drafts than a model was taught, or than DRAFT for all others.
-def test_what_asks_for_drafts():
-    taught = json.loads((HERE / "data/model/config.json").read_text())["draft"]
-    assert taught.startswith("Write a DIFFERENT request") and taught.endswith("\n\n{request}")
-    assert ttsi.draft_prompt(MODEL, "q {}") == taught.replace("{request}", "q {}")
-    assert ttsi.draft_prompt(LLAMA, "q {}").startswith("q {}\n\nThat was one user. Now invent")
-
-
 # Guards: keys that a schema does not have, optional keys always or never, wrong quotes.
 def test_outlines():
     rules, seen = {"a": STRING, "b": INTEGER, "c": {}}, set()
@@ -449,10 +404,6 @@ def test_outlines():
         assert json.loads(text) == pair("x", 'q"', **want) and keys <= rules.keys(), text
         seen.add("".join(keys))
     assert seen == {"b", "ab", "bc", "abc"}, "optional keys are not drawn"
-    for chosen in (), ("a",), ("a", "c"):
-        text = "1".join(ttsi.outline("f", schema, "keys", ttsi.draw(0), chosen))
-        keys = re.findall(r'"([abc])":', text)
-        assert keys == sorted({"b", *chosen}), f"{chosen} were chosen"
     free = ['{"call": {"name": "f", "arguments":', '}, "request": "', "}"]
     odd = ttsi.EMPTY | {"additionalProperties": STRING}  # what a schema allows, not understood
     for rules, given in ((schema, "name"), (odd, "keys")):
@@ -463,15 +414,15 @@ def test_outlines():
 
 # Guards: a draft about the answered tool with keys that nobody asked for, or without one.
 def test_of_the_answered_tool_those_optional_keys_are_dictated_that_the_request_fills():
-    rules = {"city": STRING, "days": INTEGER, "who": STRING}
+    rules, cfg = {"city": STRING, "days": INTEGER, "who": STRING}, ttsi.Config(drafts=4)
     tools = [tool("book_flight", **rules), tool("cancel_flight", **rules)]
-    sample = ask("b", "book a flight to Rome named Ada", tools)
-    x, _, after_tools, _ = begin(MODEL, TOK, sample, cfg := ttsi.Config(drafts=6))
-    x.call = {"name": "book_flight", "arguments": {"city": "Rome", "days": 3, "who": "Ada"}}
-    drafts = ttsi.generate(MODEL, TOK, x, after_tools, ["book_flight", "cancel_flight"], cfg)
-    keys = [[*json.loads(draft["text"])["call"]["arguments"]] for draft in drafts]
-    assert keys[:6] == [["city", "who"]] * 6, "not those that are said"
-    assert len({*map(str, keys[6:])}) > 1, "the other tool's are not drawn"
+    for request, said in ("fly to Rome for Ada", ["city", "who"]), ("fly", ["city"]):
+        x, _, after_tools, _ = begin(MODEL, TOK, ask("b", request, tools), cfg)
+        x.call = {"name": "book_flight", "arguments": {"city": "Rome", "days": 3, "who": "Ada"}}
+        drafts = ttsi.generate(MODEL, TOK, x, after_tools, ["book_flight", "cancel_flight"], cfg)
+        keys = [[*json.loads(draft["text"])["call"]["arguments"]] for draft in drafts]
+        assert keys[:4] == [said] * 4, "not those that are said"
+        assert len({*map(str, keys[4:])}) > 1, "the other tool's are not drawn"
 
 
 # Guards: a check that passes what it should refuse (x with its label, too), or raises.
@@ -515,21 +466,17 @@ def test_a_token_is_drawn_from_the_models_distribution_and_any_end_token_ends(mo
 
 
 # ------------------------------------------------------------------------------------------- T
-# Guards: another scale, a LoRA that is at work at first, or outlives its block or an exception.
-@pytest.mark.parametrize("error", [None, ZeroDivisionError, KeyboardInterrupt])
-def test_a_hooked_layer_is_w_plus_s_b_a(error):
+# Guards: another scale, a LoRA that is at work at first, or outlives its block.
+def test_a_hooked_layer_is_w_plus_s_b_a():
     net, x = torch.nn.Linear(6, 4), torch.randn(2, 6)
     net.device, net.get_decoder = torch.device("cpu"), lambda: net
     cfg, plain, before = replace(FIRST, lora_rank=3, lora_alpha=5.0), net(x), digest(net)
-    left = pytest.raises(error) if error else contextlib.nullcontext()
-    with left, ttsi.temporary_lora(net, cfg, ttsi.draw(1)) as (a, b):
+    with ttsi.temporary_lora(net, cfg, ttsi.draw(1)) as (a, b):
         assert a.shape == (6, 3) and 0.7 < a.abs().max() * 6**0.5 <= 1, "not uniform"
         assert torch.equal(net(x), plain), "B = 0 must change nothing"
         b.data.normal_()
         want = x @ (net.weight + 5 / 3 * (a @ b).T).T + net.bias
         assert torch.allclose(net(x), want, atol=1e-5), "not (W + s B A) x"
-        if error:
-            raise error
     assert torch.equal(net(x), plain) and digest(net) == before, "it outlives its block"
     with ttsi.temporary_lora(net.bfloat16(), cfg, ttsi.draw(1)) as (a, b):
         assert (a.dtype, net(x.bfloat16()).dtype) == (torch.float32, torch.bfloat16), "half"
@@ -558,8 +505,9 @@ def test_polyaks_step_takes_the_fraction_lr_of_a_linear_loss():
         losses, _ = steps([factor * w for w in W], epochs=4, lr=0.3)
         want = [5 * math.prod(left[:n]) for n in range(4)]
         assert losses == pytest.approx(want, rel=1e-3), "not the fraction of the loss, by a cosine"
-    _, p = steps([0.1, -0.2], epochs=3, lr=1.0, optimizer="adamw")  # lr 1, 0.75, 0.25, by the sign
-    assert torch.allclose(p, torch.tensor([-2.0, 2.0]), atol=1e-3), "AdamW with decay"
+    for w in [0.1, -0.2], [-0.3, 0.1]:  # by the sign, lr 1, 0.75, 0.25; made afresh for each
+        _, p = steps(w, epochs=3, lr=1.0, optimizer="adamw")
+        assert torch.allclose(p, -2 * torch.tensor(w).sign(), atol=1e-3), "AdamW with decay"
     for slope, optimizer in itertools.product((0.0, math.nan, math.inf), ("polyak", "adamw")):
         assert not steps(W, slope, optimizer=optimizer)[1].any(), f"a gradient of {slope} moves it"
 
@@ -582,14 +530,14 @@ def test_the_default_rate_fits_inputs_ten_times_as_large_and_the_embedded_model(
         assert len(loss) == 5 and loss[-1] < loss[0] and max(loss) < 1.05 * loss[0], loss
 
 
-# Guards: a stage that is not what reading anew gives: cache, padding, tokens that merge (bytes).
+# Guards: a stage that is not what reading anew gives: a cache continued at the wrong place, padding
+# that is scored, logits and labels shifted, tokens that merge (bytes).
 @pytest.mark.parametrize("kind", [*LONG, "bytes"])
 def test_every_stage_on_every_architecture_equals_reading_everything_anew(kind):
     tok = tokenizer("bytes" if kind == "bytes" else "embedded")
     model = small(tok, kind.replace("bytes", "Llama"))
     before, base = digest(model), replace(ALWAYS, epochs=3, lr=0.5)
-    adamw = replace(base, optimizer="adamw", lr=1e-2)
-    for cfg, sample in (base, A), (replace(base, adapt="full"), A), (adamw, B):  # 2 pairs, or 1
+    for cfg, sample in (base, A), (replace(base, adapt="full"), A), (base, B):  # 2 pairs, or 1
         got = agrees(model, tok, sample, cfg)
         assert got.decision == "adapted" and len({*got.loss}) == 3, "nothing is learned"
     assert digest(model) == before, "the base was written"
@@ -600,10 +548,13 @@ def rows_of(model, tok, samples, cfg):
     return {s["id"]: ttsi.answer(model, tok, s, cfg, None) | FREE for s in samples}
 
 
-# Guards: anything in which Algorithm 1 at speed is not Algorithm 1, one sample adapted, one not.
+# Guards: anything in which Algorithm 1 at speed is not Algorithm 1, one sample adapted, one not: a
+# draft that sees its neighbours, also when these have ended, or is drawn by their draws; another
+# prompt for drafts than the one that the model was taught.
+@pytest.mark.parametrize("given", ["keys", "name", "nothing"])
 @pytest.mark.parametrize("sample", DEMO[: 8 if SLOW else 2], ids=lambda sample: sample["id"])
-def test_a_naive_serial_loop_gives_the_same(sample):
-    cfg = ttsi.Config(drafts=1 + SLOW, epochs=2, max_new_tokens=64, seed=3)
+def test_a_naive_serial_loop_gives_the_same(sample, given):
+    cfg = ttsi.Config(given=given, drafts=2, epochs=2, max_new_tokens=64, seed=3)
     got, (x, nothing, *_) = agrees(MODEL, TOK, sample, cfg), begin(MODEL, TOK, sample, cfg)
     p = dict(zip(x.schemas, naive_p(MODEL, TOK, x, sample["messages"]), strict=True))
     first, second = sorted(p.values())[:-3:-1]
@@ -612,10 +563,12 @@ def test_a_naive_serial_loop_gives_the_same(sample):
     if got.margin >= 0.95:
         tools = [call["name"] if call["name"] in p else tools[0]] if got.flaw else []
     known = {key for key, value in call["arguments"].items() if f"{value}" in x.request}
-    ids, drafts = TOK(prompt(TOK, x, user(ttsi.draft_prompt(MODEL, x.request)))).input_ids, []
+    asked = json.loads((HERE / "data/model/config.json").read_text())["draft"]
+    asked = prompt(TOK, x, user(asked.replace("{request}", x.request)))
+    ids, drafts = TOK(asked).input_ids, []
     for name, n in itertools.product(tools, range(cfg.drafts)):
         rng, chosen = ttsi.draw(3, x.id, name, n), known if name == call["name"] else None
-        row = ttsi.outline(name, x.schemas[name], "keys", rng, chosen)
+        row = ttsi.outline(name, x.schemas[name], given, rng, chosen)
         (text,) = ttsi.write(TOK, ids, nothing, cfg, [row], [rng])
         drafts.append(ttsi.judge(text, x, cfg))
     pairs = ttsi.choose(drafts, tools, cfg)
@@ -657,17 +610,15 @@ def test_nothing_is_left_of_a_run_or_of_an_exception_in_training():
         assert again.items() <= first.items(), "depends on what came before, or on the mode"
 
 
-# Guards: a gate that is open at tau, or for one tool; an answer that no training changes.
+# Guards: a gate that is open at tau, or for one tool; scores that are no numbers.
 def test_decisions():
     def got(sample=A, **changes):
         return ttsi.tt_si(LLAMA, TOK, sample, replace(ALWAYS, **changes))
 
-    margin, base = got().margin, got(tau=0.0).answer
+    margin = got().margin
     for tau, want in ((margin, "certain"), (margin + 1e-9, "adapted"), (0.0, "certain")):
         assert got(tau=tau).decision == want, f"margin {margin}, tau {tau}: below it is uncertain"
     assert (got(C).margin, got(C).decision, got(C, tau=1.0).decision) == (1, "no pair", "certain")
-    assert got(lr=0.0).answer == base and len({*got(lr=0.0).loss}) == 1, "lr 0 is no step"
-    assert got(epochs=8).answer != base, "T does nothing"
     nan = small(TOK)
     nan.lm_head.weight[7] = math.nan
     row = ttsi.answer(nan, TOK, A, ALWAYS, None)
@@ -699,26 +650,25 @@ def test_what_cannot_be_answered_is_named_and_its_neighbours_are_answered(text, 
 
 
 # -------------------------------------------------------------------- prompts, data, grades
-
-
 def record(*more, tools=FLIGHT, **fields):
     return {"id": "r", "messages": [*user("drop it"), *more], "tools": tools} | fields
 
 
 # Guards: a prompt that is not what the template renders; tools that it does not show; the day.
-@pytest.mark.parametrize("name", [*TOKENIZERS, "dated"])
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_prompts_of_all_templates(name):
-    tok, native = tokenizer(name), name in ("embedded", "bytes", "qwen3", "dated")
+    tok, native = tokenizer(name), name in ("embedded", "bytes", "qwen3")
     for messages in (user("go"), ttsi.to_sample(record(*EARLIER))["messages"]):
         x = ttsi.prepare(tok, B | {"messages": messages}, FIRST)
         ids, at = ttsi.span(tok, x, "book Oslo", BOOK["call"])
         start, rest, head = map(tok.decode, (ids[:at], ids[at:], x.ids[: x.head]))
         assert ids[: x.head] == x.ids[: x.head] and "book_flight" in head, "tools come first"
         assert start.count("book Oslo") == 1 and ttsi.parse(rest) == BOOK["call"]
-        assert (ttsi.TASK in start) != native and "<think>[" not in start
-        assert name != "dated" or "[01 January 202601 January 2026]" in start, "it tells the day"
+        assert (ttsi.TASK in start) != native
+        day = start.startswith("01 January 202601 January 2026")
+        assert day == (name == "sentencepiece"), "it tells the day, or thinks"
         assert ("pending" in tok.decode(x.ids)) == (len(messages) > 1), "a result is not shown"
-        if native and name != "dated":
+        if native:
             want, first = joined(tok, x, user("book Oslo"), BOOK["call"])
             assert first == at and want[: len(ids)] == ids, "not as the template renders it"
             assert x.ids == tok(prompt(tok, x, messages), add_special_tokens=False).input_ids
@@ -931,16 +881,13 @@ def test_what_a_person_sees(tmp_path):
     _, text = quiet("--trace", "demo-003", "--drafts", 1, "--no-check")
     names = ["prompt", *(field.name for field in fields(ttsi.Result)[1:]), "label"]
     assert re.findall(r"^-- (\w+)", text, re.M) == names, "not each step"
-    parts = ["<|user|>", "{", "\n", "find_", "0.85", "kept", "request", "0.0", "adapted", "{"]
-    parts += ["'train'"]
-    for said, part in zip(text.split("\n-- ")[1:], [*parts, f"{DEMO[3]['call']}"], strict=True):
-        assert part in said, f"{part} is not in {said}"
+    prompt, *_, label = text.split("\n-- ")[1:]
+    assert "<|user|>" in prompt and f"{DEMO[3]['call']}" in label, "not what it says"
     (path := tmp_path / "d.jsonl").write_text(json.dumps(record(tools=GET)))
     rows, foreign = quiet("--data", path, "--max-new-tokens", 8)
-    assert (
-        "1 samples, 0 labelled; 1,992,480 parameters" in foreign and f"{path}" in rows["r"]["run"]
-    )
-    assert foreign.startswith(f"{rows['r']['run']}\n") and "max_new_tokens 8" in foreign
+    run = rows["r"]["run"]
+    assert foreign.startswith(f"{run}\n") and f"{path}, max_new_tokens 8" in run
+    assert "1 samples, 0 labelled; 1,992,480 parameters" in foreign
     assert "no world but its own" in foreign and "no world" not in text, "it knows its own alone"
     assert "right call" not in foreign and "grades" not in rows["r"], "nothing is labelled"
 
@@ -992,20 +939,17 @@ def test_models_that_cannot_be_continued_are_refused_at_load(tmp_path, why, kind
 
 # Guards: pickled weights, code of a model that runs, weights that are drawn at random.
 def test_a_model_brings_its_weights_in_safetensors_and_no_code(tmp_path):
-    good, pickled, coded, partly = (tmp_path / n for n in ("good", "pickled", "coded", "partly"))
+    pickled, coded, partly = (tmp_path / name for name in ("pickled", "coded", "partly"))
     weights = {k: v for k, v in LLAMA.state_dict().items() if k != "lm_head.weight"}
-    for folder in (good, pickled, coded, partly):
+    for folder in (pickled, coded, partly):
         LLAMA.save_pretrained(folder, **({"state_dict": weights} if folder == partly else {}))
         TOK.save_pretrained(folder)
-    assert ttsi.load(str(good), ttsi.Config())
     (pickled / "model.safetensors").unlink()
     torch.save(LLAMA.state_dict(), pickled / "pytorch_model.bin")
     (coded / "code.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')\n")
-    auto = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M", "AutoTokenizer": ["c.T"] * 2}
-    conf = {"model_type": "x", "tokenizer_class": "T", "auto_map": auto}
-    for path in coded.glob("*config.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | conf))
-    for folder, why in (pickled, "safetensors"), (coded, ""), (partly, "lm_head"):
+    own = {"model_type": "x", "auto_map": {"AutoConfig": "code.C"}}
+    (coded / "config.json").write_text(json.dumps(own))
+    for folder, why in (pickled, "safetensors"), (coded, "custom code"), (partly, "lm_head"):
         with pytest.raises(ttsi.InputError, match=f"^{folder}: .*{why}"):
             ttsi.load(str(folder), ttsi.Config())
     assert not (tmp_path / "hacked").exists(), "its code was run"
