@@ -585,7 +585,7 @@ def render(tok, messages, tools=None, answered=False):
         tools = [{"type": "function", "function": tool} for tool in tools]
     how = dict(tokenize=False, enable_thinking=False, date_string="01 January 2026")
     advice = "let at most one system turn come first, then user and assistant in turn"
-    with advising(f"the chat template refuses this dialogue; {advice}"):
+    with advising("the chat template refuses this dialogue", advice):
         template = CLOCK + tok.get_chat_template(tools=tools)
         how |= {"chat_template": template, "add_generation_prompt": not answered}
         return tok.apply_chat_template(messages, tools=tools, **how)
@@ -653,13 +653,13 @@ def need(ok, text):
 
 
 @contextmanager
-def advising(advice):
-    """Whatever goes wrong in libraries becomes an InputError."""
+def advising(place, advice):
+    """Whatever goes wrong in libraries becomes an InputError: where, what, what would be right."""
     try:
         yield
     except Exception as e:
         kind = "" if isinstance(e, InputError) else f"{type(e).__name__}: "
-        raise InputError(f"{advice}: {kind}{e}") from e
+        raise InputError(f"{place}: {kind}{e}; {advice}") from e
 
 
 def composed(value):
@@ -721,24 +721,26 @@ def grade(text, gold):
 def read_jsonl(path, convert):
     """-> {id: convert(record)} of a file of JSON lines; a bad one is named by its line."""
     found = {}
-    advice = "for another form: python data/convert.py FILE > calls.jsonl"
+    advice = "other forms: python data/convert.py FILE > calls.jsonl"
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if line.strip():
-            with advising(f"{path}:{number}: {advice}"):
+            with advising(f"{path}:{number}", advice):
                 record = composed(json.loads(line))
                 i = record.get("id")
                 record["id"] = i = str(number if i is None else i)
                 need(i not in found, f"id {i} twice")
                 found[i] = convert(record)
-    need(found, f"{path}: nothing in it; {advice}")
+    need(found, f"{path}: it is empty; {advice}")
     return found
 
 
 def to_sample(record):
     """A record in OpenAI's form -> {id, messages, tools, call?}: call alone is the label."""
+    for key in ("messages", "tools"):
+        need(record.get(key), f"no {key}")
     tools = [to_tool(tool.get("function", tool)) for tool in record["tools"]]
     names = [tool["name"] for tool in tools]
-    need(len(set(names)) == len(names) > 0, f"no tools, or one twice: {names}")
+    need(len(set(names)) == len(names), f"a tool twice: {names}")
     messages = []
     for message in record["messages"]:
         message = {key: value for key, value in message.items() if value is not None}
@@ -784,24 +786,24 @@ def load(name, cfg):
     device = cfg.device
     if device == "auto":
         device = f"{found}:{os.environ.get('LOCAL_RANK', 0)}" if found else "cpu"
-    with advising(f"--device {device}"):
+    with advising(f"--device {device}", "give auto, cpu, cuda or mps"):
         torch.empty(0, device=device)
     dtype = "float32" if cfg.dtype == "auto" and "cpu" in device else cfg.dtype
     is_folder = Path(name).is_dir()
     where = name if is_folder else f"{name}: no such folder here; of the hub"
-    with advising(f"{where}: give a causal language model with safetensors and chat template"):
+    with advising(where, "give a causal language model with safetensors and chat template"):
         how = {"trust_remote_code": False, "local_files_only": is_folder or not hub_answers()}
         tok = transformers.AutoTokenizer.from_pretrained(name, **how)
         tok.get_chat_template()
         how |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         need(not info["missing_keys"], f"weights are missing: {info['missing_keys']}")
-    with advising(f"{name}: give another --device or --dtype"):
+    with advising(name, "give another --device or --dtype"):
         model = model.to(device).eval().requires_grad_(False)
     config = model.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None) or math.inf
     tok.model_max_length = min(tok.model_max_length, most) - cfg.max_new_tokens
-    with advising(f"{name}: give one with a plain key/value cache, that a LoRA can train"):
+    with advising(name, "give one with a plain key/value cache, that a LoRA can train"):
         rope = f"{getattr(config, 'rope_parameters', None)}"
         changes = "longrope" in rope or "dynamic" in rope
         need(not changes, f"its positions depend on the length of a text: {rope}")
@@ -856,13 +858,13 @@ def whole_rows(path, key):
     begin = f'{{"key": "{key}"'.encode()
     ours = all(line.startswith(begin) for line in lines)
     ours = ours and begin.startswith(torn[: len(begin)])
-    need(ours, f"{path} has rows of other settings, data or model: take another --output")
+    need(ours, f"{path} has rows of other settings, data, model or code: take another --output")
     if torn:
         time.sleep(1)  # another process may be writing it
         if path.read_bytes().endswith(torn):
             os.truncate(path, sum(len(line) + 1 for line in lines))
         return whole_rows(path, key)
-    with advising(f"{path}: a line is no JSON"):
+    with advising(path, "a line is no JSON: take another --output"):
         return {row["id"]: row for row in map(json.loads, lines)}
 
 
@@ -948,6 +950,8 @@ def run(cfg):
             tell(steps)
         elif rows and (world == 1 or rows.keys() >= set(ids)):
             print(table([rows[i] for i in samples if i in rows]))
+            if not any("grades" in row for row in rows.values()):
+                print(f"answers: {cfg.output or 'give --output FILE to keep them'}")
     return rows
 
 
@@ -979,9 +983,9 @@ def is_embedded(cfg):
 
 
 def key_of(cfg, samples, pairs, models):
-    """-> what rows of one file share: settings, data and weights, wherever they lie."""
+    """-> what rows of one file share: settings, data, weights, wherever they lie, and this code."""
     places = ("limit", "output", "trace", "model", "teacher", "data", "pairs")
-    known = [VERSION, samples, pairs, vars(cfg) | dict.fromkeys(places)]
+    known = [Path(__file__).read_text("utf-8"), samples, pairs, vars(cfg) | dict.fromkeys(places)]
     for model, tok in models:
         weights = [torch.hash_tensor(p.cpu()).item() for p in model.parameters()]
         known.append([tok.chat_template, draft_prompt(model, ""), weights])
@@ -1036,6 +1040,8 @@ def main(argv):
     for name in ("k", "drafts", "epochs", "max_new_tokens", "lora_rank"):
         need(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be 1 or more")
     need(cfg.limit >= 0, "--limit must be 0 or more")
+    has_rate = cfg.optimizer == "polyak" or cfg.lr != Config.lr
+    need(has_rate, "--optimizer adamw wants an --lr, as 1e-4")
     return run(cfg)
 
 

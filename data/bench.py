@@ -165,7 +165,7 @@ def main(argv=None):
     cfg = ttsi.parse_arguments(["--limit", "2" if args.quick else "20", *flags])
     cfg = dataclasses.replace(cfg, tau=2.0)
     if args.kept:
-        with ttsi.advising("--kept: give an --output of this bench"):
+        with ttsi.advising("--kept", "give an --output of this bench"):
             print(table([*map(json.loads, Path(cfg.output).read_text().splitlines())]))
         return
     transformers.logging.disable_progress_bar()
