@@ -445,9 +445,14 @@ def shape(records):
     labelled = [record for record in records if "call" in record]
     if not labelled:
         return f"{text}; none has a label"
-    first = sum(r["tools"][0]["function"]["name"] == r["call"]["name"] for r in labelled)
-    percent = f"{100 * first / len(labelled):.1f} %"
-    return f"{text}; the first tool listed is the right one in {percent}"
+    first, unlisted = 0, 0
+    for record in labelled:
+        call, tools = record["call"], [tool["function"] for tool in record["tools"]]
+        first += tools[0]["name"] == call["name"]
+        (schema,) = [tool["parameters"] for tool in tools if tool["name"] == call["name"]]
+        unlisted += bool(call["arguments"].keys() - schema["properties"].keys())
+    text += f"; the first tool listed is the right one in {100 * first / len(labelled):.1f} %"
+    return f"{text}; {unlisted} labels have an argument that their tool does not list"
 
 
 def tell(path, records, items, dropped, faults):

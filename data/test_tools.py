@@ -238,6 +238,9 @@ def test_the_command(tmp_path):
     assert (code, json.loads(out), len(told)) == (0, RECORD, 13), "a good record is written"
     assert told[9].startswith("convert: standard input:11: ") and told[10].endswith("and 2 more")
     assert "13 items, 1 left, 0 dropped, 12 faults" in told[11] and "1/1/1" in told[12], told
+    assert "right one in 100.0 %; 0 labels" in told[12], told
+    odd = RECORD | {"tools": [{"name": "f", "schema": SCHEMA}]}  # a name that nobody knows
+    assert "1 labels have an argument that" in run(json.dumps(odd))[2][-1]
     code, out, told = run("\n")
     assert (code, out) == (2, b"") and told[-1].endswith("nothing is left"), told
     with open("/dev/full", "w") as full:
