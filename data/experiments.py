@@ -276,11 +276,13 @@ class Lab:
         return self.known[name, seed]
 
     def texts(self, name, seed):
-        """-> the same rows with their texts."""
-        rows, path = self.rows(name, seed), self.path(name, seed, whole=True)
-        _, whole = read_rows(path)
-        ttsi.need(rows.keys() <= whole.keys(), f"{path} lacks texts: give other --rows")
-        return {i: whole[i] for i in rows}
+        """-> the same rows with their texts, read once."""
+        if ("texts", name, seed) not in self.known:
+            rows, path = self.rows(name, seed), self.path(name, seed, whole=True)
+            _, whole = read_rows(path)
+            ttsi.need(rows.keys() <= whole.keys(), f"{path} lacks texts: give other --rows")
+            self.known["texts", name, seed] = {i: whole[i] for i in rows}
+        return self.known["texts", name, seed]
 
     def chosen(self, name, seed):
         """-> the ids that a method is run on, in their order."""
@@ -388,7 +390,11 @@ class Lab:
         return loaded(TEACHER, self.args.flags)
 
     def pool(self, seed, i):
-        """-> the samples of --pool, without the requests of this file."""
+        return self.labelled
+
+    @functools.cached_property
+    def labelled(self):
+        """The samples of --pool, without the requests of this file."""
         ours = {request_of(sample) for sample in self.samples.values()}
         files = [ttsi.read_jsonl(path, ttsi.to_sample).values() for path in self.args.pool]
         found = [s for file in files for s in file if "call" in s and request_of(s) not in ours]
@@ -398,7 +404,7 @@ class Lab:
     def tuned(self, seed, i):
         """-> the LoRA of SFT, trained once a seed."""
         if ("tuned", seed) not in self.known:
-            pool = self.pool(seed, i)[: 8 if self.args.quick else LABELS]
+            pool = self.labelled[: 8 if self.args.quick else LABELS]
             self.known["tuned", seed] = fine_tune(*self.base, pool, self.config("sft", seed))
         return self.known["tuned", seed]
 
