@@ -288,9 +288,7 @@ class Lab:
         """-> the ids that a method is run on, in their order."""
         if name == "default":
             ids = read_rows(self.path(name, seed))[1] if self.args.kept else self.samples
-            # Not the first of the file, which may be the easy ones; and more can be added later.
-            ids = sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())
-            return sorted(ids[: self.args.limit or None])
+            return sorted(seeded(ids)[: self.args.limit or None])
         rows, on = self.rows("default", seed) or {}, method_of(name).on
         answered = [i for i in rows if rows[i]["margin"] is not None]
         if on == "all" or self.args.quick:
@@ -322,7 +320,7 @@ class Lab:
         kept, rows = read_rows(path)
         same = kept in (None, head)
         ttsi.need(same, f"{path}*: of other settings, data or weights; remove, or give --rows")
-        mine = [i for i in chosen[RANK::WORLD] if i not in rows]
+        mine = [i for i in seeded(chosen)[RANK::WORLD] if i not in rows]
         if mine:
             for file in {path, whole}:
                 begin(file, head)
@@ -412,6 +410,12 @@ class Lab:
 @functools.cache
 def loaded(name, flags):
     return ttsi.load(name, ttsi.parse_arguments(flags.split()))
+
+
+def seeded(ids):
+    """Ids in an order of their own: the first of a file may be the easy ones. So those that a cut
+    off run has made are a fair part, and more can be added later."""
+    return sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())
 
 
 def scored(text, gold):
