@@ -5,6 +5,7 @@ import ast
 import contextlib
 import copy
 import functools
+import http.client
 import io
 import itertools
 import json
@@ -15,12 +16,15 @@ import re
 import resource
 import runpy
 import signal
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -31,7 +35,7 @@ import ttsi
 
 HERE = Path(__file__).resolve().parent
 SOURCE, README = ((HERE / name).read_text() for name in ("ttsi.py", "README.md"))
-MOST = 1058  # lines of ttsi.py
+MOST = 1063  # lines of ttsi.py
 FLAGS = {field.name for field in fields(ttsi.Config)} | {"paper"}
 SLOW = bool(os.environ.get("SLOW"))
 torch.set_num_threads(1)  # for models as small as these more would wait for one another
@@ -89,7 +93,8 @@ REFUSED += [("embedding", "Llama", {"vocab_size": 1250}), ("cache", "FalconH1", 
 REFUSED += [("cache", "Mamba", {}), ("cache", "Rwkv", {"attention_hidden_size": 32})]
 LONG = [*KINDS] if SLOW else ["Llama", "Qwen2", "Gemma3Text"]
 TOKENIZERS = ["embedded", "bytes", "sentencepiece", *(REAL := ["qwen3", "llama3_1", "gemma3"])]
-CALLS = "{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+CALLS = "{'arguments': c.function.arguments, 'name': c.function.name} | tojson"
+CALLS = "{% for c in m.tool_calls %}<call>{{ " + CALLS + " }}</call>{% endfor %}"
 SHOWN = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
 SHOWN += "{% if m.role == 'assistant' %}Answer:{% endif %}{{ m.content }}" + CALLS
 SHOWN += "{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
@@ -262,7 +267,7 @@ def test_odd_names_are_scored_whole_and_found_again(name, tmp_path):
         text = tok.decode(ids[len(x.ids) :])
         shorter, quoted = tok.decode(ids[len(x.ids) : -1]), json.dumps(called, ensure_ascii=False)
         assert text.count(quoted) > shorter.count(quoted), f"{text}: not up to where it is closed"
-        call = {"name": called, "arguments": {"q": called}}
+        call = {"name": called, "arguments": {"q": called, "r": "look_up"}}
         assert ttsi.parse(ttsi.call_text(tok, call)) == call, called
 
 
@@ -352,6 +357,7 @@ CHECKS += [("go", OSLO, "Oslo " * 2000, JUNK)]
 CHECKS += [(7, {}, "drop it", JUNK), ("go", OSLO | {"days": 3}, "Oslo, 3.", "kept")]
 CHECKS += [("go", OSLO | {"days": 3}, text, ttsi.UNSAID) for text in ("Oslo, 35", "Oslo, 3.5")]
 CHECKS += [("go", OSLO | {"days": True}, "to Oslo", TYPE), ("no", OSLO, "to Oslo", MISSING)]
+CHECKS += [("any", OSLO, "drop it", ttsi.UNSAID), ("any", OSLO | {"x": "y"}, "Oslo, y", "kept")]
 BROKEN = ["", "[]", '{"request": "x"}', '{"request": "x", "call": 7}', "{" * 5000, "[" * 99999]
 BROKEN += [json.dumps(ONE) + " {", json.dumps(pair("\ud800", "f")), json.dumps(ONE)[:-1]]
 
@@ -429,7 +435,10 @@ def test_of_the_answered_tool_those_optional_keys_are_dictated_that_the_request_
 def test_verdicts_one_by_one():
     turns = [*B["messages"], {"role": "assistant", "content": "From?"}, *user("Oslo")]
     go, pick = tool("go", city=STRING, days=INTEGER), tool("pick", size=STRING | {"enum": ["S"]})
-    tools = [go, pick, tool("no")]
+    none, more = tool("no"), tool("any", city=STRING | {"enum": None})
+    none["parameters"] |= {"additionalProperties": False, "title": "No"}
+    more["parameters"] |= {"anyOf": [{"properties": {"x": STRING}}]}
+    tools = [go, pick, none, more]
     x = ttsi.prepare(TOK, B | {"messages": turns, "tools": tools}, FIRST)
     for name, arguments, request, verdict in CHECKS:
         draft = {"request": request, "call": {"name": name, "arguments": arguments}}
@@ -907,6 +916,11 @@ def test_before_there_is_a_model(monkeypatch):
     with pytest.raises(ttsi.InputError, match="^nobody/none: no such folder here; of the hub: "):
         ttsi.load("nobody/none", ttsi.Config())
     assert time.time() - began < 10 and not ttsi.hub_answers(), "its client tried for a minute"
+    causes = [(OSError(101, "no route"), False), (http.client.RemoteDisconnected(), False)]
+    causes += [(ssl.SSLError(), True), (urllib.error.HTTPError("", 404, "", None, None), True)]
+    for cause, answers in causes:
+        monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=cause))
+        assert ttsi.hub_answers() == answers, cause
     with pytest.raises(ttsi.InputError, match="^--device cuda:77: "):
         ttsi.load(ttsi.Config.model, ttsi.Config(device="cuda:77"))
 
@@ -917,6 +931,9 @@ def test_flags(capsys, monkeypatch, tmp_path):
         with pytest.raises((ttsi.InputError, OSError)) as e:
             ttsi.main(argv)
         assert any(word.strip("-") in str(e.value) for word in argv), f"{argv}: {e.value}"
+    (path := tmp_path / "pairs.jsonl").write_text('{"id": 1}')
+    with pytest.raises(ttsi.InputError, match=f"^{path}:1: .*a line is {{id, pairs"):
+        ttsi.main(["--pairs", str(path)])
     code, _, err = ended(start(tmp_path, "--model", "/no/such"), tmp_path)
     assert code == 2 and err.count("\n") == 1 and err.startswith("ttsi: /no/such: "), err
     with pytest.raises(SystemExit):
@@ -941,17 +958,19 @@ def test_models_that_cannot_be_continued_are_refused_at_load(tmp_path, why, kind
 
 # Guards: pickled weights, code of a model that runs, weights that are drawn at random.
 def test_a_model_brings_its_weights_in_safetensors_and_no_code(tmp_path):
-    pickled, coded, partly = (tmp_path / name for name in ("pickled", "coded", "partly"))
+    pickled, coded, partly, slow = (tmp_path / name for name in "abcd")
+    by_byte = templated(transformers.ByT5Tokenizer(), SHOWN)
     weights = {k: v for k, v in LLAMA.state_dict().items() if k != "lm_head.weight"}
-    for folder in (pickled, coded, partly):
+    for folder in (pickled, coded, partly, slow):
         LLAMA.save_pretrained(folder, **({"state_dict": weights} if folder == partly else {}))
-        TOK.save_pretrained(folder)
+        (by_byte if folder == slow else TOK).save_pretrained(folder)
     (pickled / "model.safetensors").unlink()
     torch.save(LLAMA.state_dict(), pickled / "pytorch_model.bin")
     (coded / "code.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')\n")
     own = {"model_type": "x", "auto_map": {"AutoConfig": "code.C"}}
     (coded / "config.json").write_text(json.dumps(own))
-    for folder, why in (pickled, "safetensors"), (coded, "custom code"), (partly, "lm_head"):
+    refused = [(pickled, "safetensors"), (coded, "custom code"), (partly, "lm_head")]
+    for folder, why in [*refused, (slow, "slow one")]:
         with pytest.raises(ttsi.InputError, match=f"^{folder}: .*{why}"):
             ttsi.load(str(folder), ttsi.Config())
     assert not (tmp_path / "hacked").exists(), "its code was run"

@@ -7,16 +7,16 @@
     T  a temporary LoRA is trained on them, x is answered with it, all is reset
 
 Departures from the paper, and choices where it is silent:
- 1. x is answered first. A call with a flaw, as a value that x does not say, is uncertain, too.
+ 1. x is answered first. A flaw, such as a value not in its request: uncertain, too.
  2. A pair for each of the two likeliest tools, its tool and keys dictated; if one fails, none.
  3. A pair is written call first, and a copy of x is never trained on.
- 4. Polyak's step, on the tokens of the calls alone, no warm-up.
+ 4. Polyak's step, on the tokens of the calls alone; a cosine over the steps, no warm-up.
  5. The LoRA acts behind the tools only (--adapt suffix): their cache serves every stage.
  6. Tools are offered in a seeded order: benchmarks list the right one first (--no-shuffle).
---paper undoes 2 and 5, of 1 that flaws count, and of 4 the step.
+--paper undoes 2 and 5, of 1 that flaws count, and of 4 the step; the rest stays.
 
-N candidates, R rows of T tokens, V vocabulary, K pairs, r rank. In a span (ids, begin),
-ids[begin:] is scored behind ids[:begin].
+N candidates, p(1) >= p(2) >= ..., R rows of T tokens, V vocabulary, K pairs, r rank. In a span
+(ids, begin), ids[begin:] is scored behind ids[:begin]. FORK HERE: one place for another idea.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import math
 import os
 import re
 import signal
-import socket
+import ssl
 import sys
 import time
 import unicodedata
@@ -78,7 +78,7 @@ class Config:  # every field is a flag; [paper]: stated there or reported; [ours
     lora_rank: int = field(8, "r [paper]")
     lora_alpha: float = field(16.0, "the LoRA's output is scaled by alpha / r [paper]")
     optimizer: Literal["polyak", "adamw"] = field("polyak", "of a step; adamw wants an --lr [ours]")
-    lr: float = field(1.0, "polyak: share of the loss that a step takes away [ours; paper: 1e-4]")
+    lr: float = field(1.0, "polyak: share of the loss that step 1 takes [ours; paper: 1e-4]")
     epochs: int = field(5, "steps, each on all k pairs [paper: 5, k = 1]")
     adapt: Literal["suffix", "full"] = field("suffix", "LoRA behind the tools [ours], or all over")
     # running
@@ -103,7 +103,7 @@ class Result:  # what Algorithm 1 did with one input, as --trace tells it
     loss: list = field(None, "T: before each step, nats per token of a call, mean of the pairs")
     decision: str = field("", "adapted, or why the base answers, or why nothing does")
     answer: str = field("", "what it writes in the end")
-    cost: dict = field(None, "of each stage: seconds, and tokens read")
+    cost: dict = field(None, "{stage: [seconds, tokens read]}")
 
 
 def tt_si(model, tok, sample, cfg, writer=None):
@@ -126,7 +126,7 @@ def tt_si(model, tok, sample, cfg, writer=None):
 
     tools = doubtful_tools(result, x, cfg)  # none: certain
     if tools:
-        # G: (x', y') ~ P( . | x). There are none where the prompt exceeds the context.
+        # G: (x', y') ~ P( . | x). None where its prompt is too long, or refused.
         with stage("generate"), suppress(InputError):
             result.drafts = generate(*(writer or (model, tok)), x, after_tools, tools, cfg)
             result.pairs = choose(result.drafts, tools, cfg)
@@ -143,7 +143,7 @@ def tt_si(model, tok, sample, cfg, writer=None):
     with temporary_lora(model, cfg, draw(cfg.seed, x.id, "adapter")) as lora:
         with stage("train"):  # T: theta' = theta + LoRA, trained on (x', y')
             result.loss = train(spans, frozen, lora, cfg)
-        with stage("answer"):  # y ~ P'( . | x), read afresh behind that
+        with stage("answer"):  # y = argmax P'( . | x), x read afresh behind `frozen`
             result.answer = write(tok, x.ids, frozen, cfg)[0]
     # Reset: the LoRA has gone with its block; the base was never written.
     result.decision = "adapted"
@@ -161,7 +161,7 @@ def score(x, after_prompt):
     return dict(zip(x.schemas, logp, strict=True))
 
 
-def margin(logp):  # FORK HERE: another uncertainty, below tau
+def margin(logp):  # FORK HERE: another uncertainty, low where it should adapt
     """Relative Softmax Scoring: u = p(1) - p(2); without a runner-up p(1) [ours]."""
     p = torch.tensor([*logp.values()], dtype=torch.float64).softmax(0)  # (N,)
     first, *second = p.topk(min(2, len(p))).values.tolist()
@@ -196,13 +196,14 @@ DRAFT = (
     " say all values."
 )
 GAP = "\0"  # in an outline: here the model writes a JSON value
-UNSAID = "a value is not in the request"  # or in other words: used if no other pair is kept
+UNSAID = "a value is not in the request"  # or in other words: such pairs come last
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
 TYPES |= {"array": [list], "object": [dict]}
+MORE = ("additionalProperties", "anyOf", "oneOf", "allOf", "$ref")  # they may add arguments
 
 
 def generate(model, tok, x, after_tools, tools, cfg):
-    """G. -> drafts {text, verdict, pair or None} for the K tools, all written in one batch;
+    """G. -> drafts {text, verdict, pair or None} for these tools, all written in one batch;
     or those that were supplied (--pairs), judged alike."""
     texts = x.supplied
     if texts is None:
@@ -228,7 +229,7 @@ def draft_prompt(model, request):
 
 def outline(name, schema, given, rng, chosen=None):
     """-> a draft as texts, between which the model writes JSON values (|): a quote or brace
-    before one is its first character. Optional arguments are chosen, or else half are drawn.
+    just before one is its first character. Optional arguments: those chosen, or a random half.
 
     nothing  {|
     name     {"call": {"name": "book", "arguments":|}, "request": "|}
@@ -251,7 +252,7 @@ def outline(name, schema, given, rng, chosen=None):
 
 
 def judge(text, x, cfg):
-    """-> a draft {text, verdict, pair or None}."""
+    """-> a draft {text, verdict, pair}; pair is None where the text holds none."""
     pair, verdict = None, "no request and call, or too long"
     with suppress(MALFORMED):
         value = composed(DECODER.decode(text))
@@ -266,14 +267,14 @@ def judge(text, x, cfg):
 
 
 def copies(request, turn):
-    """Does a request hold the words of a turn of x (three or more, or nothing else), or none?"""
+    """Is a request a turn of x, does it hold one of three words or more, or has it none?"""
     texts = request.casefold(), turn.casefold()
     new, old = (" ".join(re.findall(r"\w+", text)) for text in texts)
     return new in ("", old) or (old.count(" ") > 1 and f" {old} " in f" {new} ")
 
 
 def flaw(call, request, x):  # FORK HERE: checks of your own
-    """-> what is wrong with a call for a request, as far as the tools of x tell; or ""."""
+    """-> what is wrong with a call, by the tools of x and the request; or ""."""
     if call["name"] not in x.schemas:
         return "no call of a tool on offer"
     arguments, schema = call["arguments"], x.schemas[call["name"]]
@@ -288,18 +289,18 @@ def flaw(call, request, x):  # FORK HERE: checks of your own
         kinds = TYPES.get(str(rule.get("type")), [type(value)])
         if type(value) not in kinds or value not in (rule.get("enum") or [value]):
             return "wrong type or not in enum"
-        if "enum" not in rule and not said(value, request):
+        if not rule.get("enum") and not said(value, request):
             unsaid = UNSAID
     return unsaid
 
 
 def lists_all(schema):
-    """Are all of a tool's arguments among its properties? With anyOf, say, they may not be."""
-    return bool(schema["properties"]) or schema == EMPTY
+    """Are all of a tool's arguments among its properties?"""
+    return not any(map(schema.get, MORE))
 
 
 def said(value, request):
-    """Does a request hold a value? Only texts and numbers are looked for; none says nothing."""
+    """Does a request hold a value? An empty one never; only texts and numbers are looked for."""
     if value in ("", [], {}):
         return False
     if type(value) in (int, float):
@@ -310,12 +311,12 @@ def said(value, request):
 
 def choose(drafts, tools, cfg):
     """-> the pairs to train on: one for each of the tools, or none, as one alone would pull the
-    answer to its tool; of free or supplied drafts the first K."""
+    answer to its tool; of supplied drafts or free ones (given nothing) the first K."""
     usable = [draft["pair"] for draft in drafts if draft["verdict"] == "kept"]
     usable += [draft["pair"] for draft in drafts if draft["verdict"] == UNSAID]
     if cfg.given == "nothing" or cfg.pairs:
         return usable[: cfg.k]
-    # Of each tool the first: what comes later is overwritten.
+    # Reversed, as what comes later overwrites: of each tool the first stays.
     pair_of = {pair["call"]["name"]: pair for pair in reversed(usable)}
     return [pair_of[tool] for tool in tools] if pair_of.keys() >= set(tools) else []
 
@@ -346,7 +347,8 @@ def temporary_lora(model, cfg, rng):
 
 
 def train(spans, frozen, lora, cfg):
-    """T. Steps on the LoRA, in place -> the loss before each, in nats per token of a call."""
+    """T. Steps on the LoRA, in place -> the loss before each, in nats per token of a call. It
+    ends early where the gradient is zero, or no number."""
     adamw = cfg.optimizer == "adamw"
     optimizer = torch.optim.AdamW(lora, weight_decay=0.0) if adamw else torch.optim.SGD(lora)
     lengths = torch.tensor([len(ids) - begin for ids, begin in spans])  # (K,)
@@ -394,7 +396,7 @@ class Prefix:
         """Reads new (R, T) behind a cache, in place -> (R, keep, V) the last logits."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        # Places, no number: of a slice the output layer would make a copy of its weight a row.
+        # Positions: for a number a slice is taken, and the output layer copies its weight a row.
         last = torch.arange(new.shape[1])[-keep:]
         # `cache` is what was `past_key_values` before transformers 5.24.
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=last).logits
@@ -402,7 +404,7 @@ class Prefix:
 
 @contextmanager
 def measured(model, cost, stage):
-    """Adds seconds and tokens read to a stage: padding too; with a backward pass twice."""
+    """Adds seconds and tokens read to a stage, padding too; a backward pass counts again."""
     spent = cost.setdefault(stage, [0.0, 0])
     start, before = time.perf_counter(), Prefix.tokens
     yield
@@ -413,8 +415,8 @@ def measured(model, cost, stage):
 
 
 def logprob(spans, prefix):
-    """-> (R,) nats: of R spans (ids, begin), log P of ids[begin:] behind ids[:begin]. The prefix
-    ends before any begin.
+    """-> (R,) nats: of R spans (ids, begin), log P of ids[begin:] behind ids[:begin]. All begin
+    with the prefix, which ends before any begin.
 
     tokens   t0    t1    t2    t3      the logits at one position
     logits   '---> '---> '---> '       predict the token at the next
@@ -436,21 +438,21 @@ def logprob(spans, prefix):
 @torch.no_grad()
 def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     """-> a text behind ids for each of R outlines, in one batch, token by token: drawn by its
-    generator on the CPU, or greedy. By default one answer, up to the end of its call."""
+    generator on the CPU, or greedy. By default one answer, to its call's end or max_new_tokens."""
     # Nothing else of generation_config is used: no penalties.
     ends = prefix.model.generation_config.eos_token_id
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     rows = []
     for (text, *parts), rng in zip(outlines, rngs, strict=True):
-        # text: dictated or whole so far; parts: to be dictated behind values; ids: of all text;
-        # queue: those of them that are not read yet.
+        # text: dictated or whole so far; parts: to be dictated behind values; ids: what it has
+        # of the draft; queue: to be read next, first the rest of the prompt.
         row = SimpleNamespace(text=text, parts=parts, ids=[], queue=[], rng=rng, over=False)
         if text:
             force(tok, row)
         row.queue = ids[len(prefix.ids) :] + row.queue
         rows.append(row)
     cache, going = prefix.copy(len(rows)), rows
-    # Of the texts, as far as they are read; below 0: not all of ids is.
+    # How much is read behind ids; below 0: not all of them are.
     length = len(prefix.ids) - len(ids)
     while going and length < cfg.max_new_tokens - 1:
         n = min(len(row.queue) for row in going)
@@ -483,7 +485,7 @@ BEHIND = {
 
 
 def force(tok, row):
-    """Queues the tokens of a row's text, but for what the value behind it may change."""
+    """Queues a row's text, but for what the value behind it may change: the model writes that."""
     rest = row.text[len(tok.decode(row.ids)) :]
     spelled = [continuation(tok, rest + value) for value in BEHIND[row.text[-1]]]
     row.queue = os.path.commonprefix(spelled)
@@ -528,8 +530,8 @@ def draw(*key):
 
 def prepare(tok, sample, cfg):
     """-> x: all that Algorithm 1 sees of a sample, which is everything but its label: the dialogue
-    (request, turns), tools and schemas, ids of the prompt, of which `head` many hold the tools,
-    and candidates, as spans."""
+    (system, request, turns), tools and schemas, ids of the prompt, of which the first `head` come
+    before any request, and candidates, as spans. `tt_si` adds the direct call."""
     tools, messages = sample["tools"], sample["messages"]
     if cfg.shuffle:
         # By seed and names alone: neither the file's order nor the label shows.
@@ -548,7 +550,7 @@ def prepare(tok, sample, cfg):
     x.head = max(len(os.path.commonprefix([x.ids, other])) - 1, 0)
     # A candidate ends with the token that closes its name, or `book` always beats `book_room`.
     calls = []  # N
-    opening = call_text(tok, CALL).index(dumps(CALL["name"]))  # characters, before a name
+    opening = call_text(tok, CALL | {"arguments": {}}).index(dumps(CALL["name"]))
     for name in x.schemas:
         text = call_text(tok, {"name": name, "arguments": {}})
         calls.append(continuation(tok, text, opening + len(dumps(name))))
@@ -565,13 +567,13 @@ def span(tok, x, request, call=None):
 
 def encode(tok, tools, messages, call=None):
     """-> (ids, begin): a prompt by the model's chat template, and from begin on a call. Tools
-    are in the template's own form (native), or else text in one user turn."""
+    are in the template's own form (native), or text in one user turn. InputError: too long."""
     if call_form(tok, f"{tok.chat_template}"):
         prompt = render(tok, messages, tools)
     else:
         text = "\n".join([TASK, *map(dumps, tools), "", transcript(messages)])
         prompt = render(tok, [{"role": "user", "content": text}])
-    # Ids are joined, not texts: none of the prompt merges with those of the call.
+    # Ids are joined, not texts: no token spans prompt and call.
     ids = tok(prompt, add_special_tokens=False).input_ids
     more = continuation(tok, call_text(tok, call)) if call else []
     n = len(ids + more)
@@ -580,7 +582,7 @@ def encode(tok, tools, messages, call=None):
 
 
 def render(tok, messages, tools=None, answered=False):
-    """-> messages by the chat template; unless answered, the next is the model's."""
+    """-> messages by the chat template; unless answered, up to where the model goes on."""
     if tools:
         tools = [{"type": "function", "function": tool} for tool in tools]
     how = dict(tokenize=False, enable_thinking=False, date_string="01 January 2026")
@@ -593,8 +595,8 @@ def render(tok, messages, tools=None, answered=False):
 
 @functools.cache
 def call_form(tok, template):
-    """-> what continues a prompt with CALL by the chat template, which keys the cache; None:
-    it shows no tools, or a call that cannot be parsed."""
+    """-> what continues a prompt with CALL by the chat template, by which this is cached; None,
+    not native: it shows no tools, or a call that cannot be parsed."""
     user = {"role": "user", "content": "?"}
     calls = [{"id": ID, "type": "function", "function": CALL}]
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
@@ -612,8 +614,8 @@ def call_text(tok, call):
     """-> what continues any prompt with a call: in the native form, or as JSON."""
     # Names are put in here, as templates spoil odd ones: a quote, a backslash.
     text = call_form(tok, f"{tok.chat_template}") or dumps(CALL)
-    text = text.replace(dumps(CALL["arguments"]), dumps(call["arguments"]), 1)
-    return text.replace(dumps(CALL["name"]), dumps(call["name"]), 1)
+    text = text.replace(dumps(CALL["name"]), dumps(call["name"]), 1)
+    return text.replace(dumps(CALL["arguments"]), dumps(call["arguments"]), 1)
 
 
 def continuation(tok, text, most=math.inf):
@@ -664,14 +666,14 @@ def advising(place, advice):
 
 def composed(value):
     """A JSON value with its letters composed (NFC), as some tokenizers do; ValueError: it is
-    none, as NaN or half a character."""
+    not JSON, such as NaN or half a character."""
     text = unicodedata.normalize("NFC", dumps(value))
     text.encode()
     return json.loads(text)
 
 
 def json_end(text):
-    """-> where the JSON value ends that a text begins with; 0: it is open; -1: it's none."""
+    """-> where the JSON value ends that a text begins with; 0: it is open; -1: not JSON."""
     start = len(text) - len(text.lstrip())
     try:
         _, end = DECODER.raw_decode(text, start)
@@ -687,7 +689,7 @@ def json_end(text):
 
 def parse(text):
     """-> the first call in a text, or None."""
-    # Behind a thought, which may hold drafts of it.
+    # Behind a thought, which may hold drafts of it; without one from 0.
     start = text.rfind("</think>") + 1
     if "<think>" in text[start:]:
         return None
@@ -703,7 +705,7 @@ def parse(text):
 
 def to_call(value):
     """-> {name, arguments}; the arguments may be JSON text, or be called parameters."""
-    arguments = value.get("arguments", value.get("parameters")) or {}
+    arguments = value.get("arguments") or value.get("parameters") or {}
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
     need(isinstance(value["name"], str) and isinstance(arguments, dict), "no call")
@@ -711,23 +713,22 @@ def to_call(value):
 
 
 def grade(text, gold):
-    """-> [right tool?, and right arguments?] of an answer. Numbers are compared by their text
-    [ours]: "5" is 5, and 12.0 is 12."""
+    """-> [right tool?, right call?] of an answer. Numbers are compared by their text [ours]: "5"
+    is 5, and 12.0 is 12."""
     how = {"parse_int": str, "parse_float": lambda number: number.removesuffix(".0")}
     call, gold = (json.loads(dumps(value), **how) for value in (parse(text), gold))
     return [bool(call) and call["name"] == gold["name"], call == gold]
 
 
-def read_jsonl(path, convert):
+def read_jsonl(path, convert, advice="other forms: python data/convert.py FILE > calls.jsonl"):
     """-> {id: convert(record)} of a file of JSON lines; a bad one is named by its line."""
     found = {}
-    advice = "other forms: python data/convert.py FILE > calls.jsonl"
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if line.strip():
             with advising(f"{path}:{number}", advice):
                 record = composed(json.loads(line))
                 i = record.get("id")
-                record["id"] = i = str(number if i is None else i)
+                record["id"] = i = str(number if i in (None, "") else i)
                 need(i not in found, f"id {i} twice")
                 found[i] = convert(record)
     need(found, f"{path}: it is empty; {advice}")
@@ -795,6 +796,7 @@ def load(name, cfg):
         how = {"trust_remote_code": False, "local_files_only": is_folder or not hub_answers()}
         tok = transformers.AutoTokenizer.from_pretrained(name, **how)
         tok.get_chat_template()
+        need(tok.is_fast, "its tokenizer is a slow one")
         how |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         need(not info["missing_keys"], f"weights are missing: {info['missing_keys']}")
@@ -812,12 +814,13 @@ def load(name, cfg):
 
 
 def hub_answers():
-    """Is it in reach? Else its client would try for a minute."""
+    """Is the hub in reach? Else its client would try for a minute."""
     try:
         url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         urllib.request.urlopen(url, timeout=5).close()
-    except urllib.error.URLError as e:  # or it answers, be it that this is no page
-        return not isinstance(e.reason, (socket.gaierror, ConnectionError, TimeoutError))
+    except OSError as e:  # or it answers, be it without a page or certificate
+        cause = getattr(e, "reason", e)
+        return isinstance(e, urllib.error.HTTPError) or isinstance(cause, ssl.SSLError)
     return True
 
 
@@ -846,7 +849,7 @@ def answer(model, tok, sample, cfg, writer):
     row = dataclasses.asdict(result)
     if "call" in sample:
         row["grades"] = {side: grade(row[side], sample["call"]) for side in ("direct", "answer")}
-    # A number that is none is null.
+    # NaN and infinity become null.
     return json.loads(json.dumps(row), parse_constant=lambda name: None)
 
 
@@ -908,7 +911,7 @@ def counted(words):
 
 
 def run(cfg):
-    """Reads, answers, scores, writes -> {id: row}."""
+    """Reads, answers, grades, keeps -> {id: row}."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
     need(world == 1 or cfg.output, "each of WORLD_SIZE processes needs --output")
     path = cfg.data or DATA / ("demo.jsonl" if is_embedded(cfg) else "everyday.jsonl")
@@ -917,7 +920,8 @@ def run(cfg):
     need(samples.keys() >= set(ids), f"--trace: {path} has no sample {cfg.trace}")
     pairs = {}
     if cfg.pairs:
-        pairs = read_jsonl(cfg.pairs, lambda row: [*map(dumps, row["pairs"])])
+        advice = "a line is {id, pairs: [{request, call}, ...]}"
+        pairs = read_jsonl(cfg.pairs, lambda row: [*map(dumps, row["pairs"])], advice)
         need(pairs.keys() & ids, f"{cfg.pairs} has pairs for no sample of {path}")
 
     models = [load(name, cfg) for name in (cfg.model, cfg.teacher) if name]
@@ -929,7 +933,7 @@ def run(cfg):
         describe(cfg, [samples[i] for i in ids], model, tok)
     try:
         todo = [i for i in ids[rank::world] if i not in rows]
-        for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank)):
+        for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank or not todo)):
             sample = samples[i] | ({"pairs": pairs.get(i, [])} if pairs else {})
             rows[i] = stamp | answer(model, tok, sample, cfg, models[-1])
             if cfg.output:
@@ -944,10 +948,7 @@ def run(cfg):
         if cfg.output:
             rows |= whole_rows(Path(cfg.output), stamp["key"])
         if cfg.trace in rows:
-            steps = rows[cfg.trace] | {"prompt": "", "label": samples[cfg.trace].get("call")}
-            with suppress(InputError):
-                steps["prompt"] = tok.decode(prepare(tok, samples[cfg.trace], cfg).ids)
-            tell(steps)
+            tell(rows[cfg.trace], samples[cfg.trace], tok, cfg)
         elif rows and (world == 1 or rows.keys() >= set(ids)):
             print(table([rows[i] for i in samples if i in rows]))
             if not any("grades" in row for row in rows.values()):
@@ -983,7 +984,7 @@ def is_embedded(cfg):
 
 
 def key_of(cfg, samples, pairs, models):
-    """-> what rows of one file share: settings, data, weights, wherever they lie, and this code."""
+    """-> what rows of one file share: settings as given, data, weights, template, this code."""
     places = ("limit", "output", "trace", "model", "teacher", "data", "pairs")
     known = [Path(__file__).read_text("utf-8"), samples, pairs, vars(cfg) | dict.fromkeys(places)]
     for model, tok in models:
@@ -992,7 +993,11 @@ def key_of(cfg, samples, pairs, models):
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 
-def tell(steps):
+def tell(row, sample, tok, cfg):
+    """Prints what Algorithm 1 did with a sample, step by step."""
+    steps = row | {"prompt": "", "label": sample.get("call")}
+    with suppress(InputError):
+        steps["prompt"] = tok.decode(prepare(tok, sample, cfg).ids)
     captions = {"prompt": "what Algorithm 1 sees"}
     for item in dataclasses.fields(Result)[1:]:
         captions[item.name] = item.metadata["help"]
@@ -1010,7 +1015,7 @@ ABOUT = """python ttsi.py [flags]
 
 
 def parse_arguments(argv):
-    """The command line -> Config. Of flags that disagree the last one holds."""
+    """The command line -> Config. A later flag overrules; --no-... cannot be undone."""
     parser = argparse.ArgumentParser(usage=ABOUT, allow_abbrev=False)
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
     parser.add_argument("--version", action="version", version=f"ttsi.py {VERSION}")
@@ -1041,7 +1046,7 @@ def main(argv):
         need(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be 1 or more")
     need(cfg.limit >= 0, "--limit must be 0 or more")
     has_rate = cfg.optimizer == "polyak" or cfg.lr != Config.lr
-    need(has_rate, "--optimizer adamw wants an --lr, as 1e-4")
+    need(has_rate, "--optimizer adamw wants an --lr, such as 1e-4")
     return run(cfg)
 
 
