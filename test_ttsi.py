@@ -35,7 +35,7 @@ import ttsi
 
 HERE = Path(__file__).resolve().parent
 SOURCE, README = ((HERE / name).read_text() for name in ("ttsi.py", "README.md"))
-MOST = 1063  # lines of ttsi.py
+MOST = 1067  # lines of ttsi.py
 FLAGS = {field.name for field in fields(ttsi.Config)} | {"paper"}
 SLOW = bool(os.environ.get("SLOW"))
 torch.set_num_threads(1)  # for models as small as these more would wait for one another
@@ -632,6 +632,8 @@ def test_decisions():
     nan.lm_head.weight[7] = math.nan
     row = ttsi.answer(nan, TOK, A, ALWAYS, None)
     assert row["decision"].startswith("not answered: ") and "no numbers" in row["decision"]
+    nan.lm_head.register_forward_hook(Mock(side_effect=torch.OutOfMemoryError))
+    assert ttsi.answer(nan, TOK, A, ALWAYS, None)["decision"] == "not answered: out of memory"
 
 
 # Guards: a teacher that reads the student's cache, or with the student's tokenizer.
@@ -702,7 +704,8 @@ OTHER = [record({"role": "assistant", "function_call": STATUS["function"]}), rec
 OTHER += [record(CALLED | {"tool_calls": [STATUS, {"function": BOOK["call"]}]}), record(tools=7)]
 OTHER += [record(tools=[{"name": "f", k: {"x": STRING}}]) for k in ("parameters", "inputSchema")]
 OTHER += [record(tools=[tool("f", x={"enum": 5})]), record(tools=[tool("f", x=[])])]
-OTHER += [record(tools=[tool("f") | {"parameters": ttsi.EMPTY | {"required": True}}])]
+ODD_KEYS = [tool("f") | {"parameters": ttsi.EMPTY | {"required": k}} for k in (True, [["x"]])]
+OTHER += [record(tools=[t]) for t in (*ODD_KEYS, tool(None), tool(5))]
 OTHER += [record(tools=[*FLIGHT, FLIGHT[0]]), record(call=F), record(call="f"), record(id="good")]
 OTHER += [record(call=CANCEL | {"arguments": arguments}) for arguments in ("{", [1], "[1]")]
 OTHER += [record(*user([{"type": "text", "text": "q"}])), record({"role": "human", "content": "q"})]
@@ -958,19 +961,21 @@ def test_models_that_cannot_be_continued_are_refused_at_load(tmp_path, why, kind
 
 # Guards: pickled weights, code of a model that runs, weights that are drawn at random.
 def test_a_model_brings_its_weights_in_safetensors_and_no_code(tmp_path):
-    pickled, coded, partly, slow = (tmp_path / name for name in "abcd")
+    pickled, coded, partly, slow, open_ = (tmp_path / name for name in "abcde")
     by_byte = templated(transformers.ByT5Tokenizer(), SHOWN)
+    thinks = templated(TOK, SHOWN + "{% if add_generation_prompt %}<think>\n{% endif %}")
     weights = {k: v for k, v in LLAMA.state_dict().items() if k != "lm_head.weight"}
-    for folder in (pickled, coded, partly, slow):
+    toks = {pickled: TOK, coded: TOK, partly: TOK, slow: by_byte, open_: thinks}
+    for folder, tok in toks.items():
         LLAMA.save_pretrained(folder, **({"state_dict": weights} if folder == partly else {}))
-        (by_byte if folder == slow else TOK).save_pretrained(folder)
+        tok.save_pretrained(folder)
     (pickled / "model.safetensors").unlink()
     torch.save(LLAMA.state_dict(), pickled / "pytorch_model.bin")
     (coded / "code.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')\n")
     own = {"model_type": "x", "auto_map": {"AutoConfig": "code.C"}}
     (coded / "config.json").write_text(json.dumps(own))
     refused = [(pickled, "safetensors"), (coded, "custom code"), (partly, "lm_head")]
-    for folder, why in [*refused, (slow, "slow one")]:
+    for folder, why in [*refused, (slow, "slow one"), (open_, "a thought")]:
         with pytest.raises(ttsi.InputError, match=f"^{folder}: .*{why}"):
             ttsi.load(str(folder), ttsi.Config())
     assert not (tmp_path / "hacked").exists(), "its code was run"

@@ -8,12 +8,12 @@
 
 Departures from the paper, and choices where it is silent:
  1. x is answered first. A flaw, such as a value not in its request: uncertain, too.
- 2. A pair for each of the two likeliest tools, its tool and keys dictated; if one fails, none.
- 3. A pair is written call first, and a copy of x is never trained on.
- 4. Polyak's step, on the tokens of the calls alone; a cosine over the steps, no warm-up.
- 5. The LoRA acts behind the tools only (--adapt suffix): their cache serves every stage.
- 6. Tools are offered in a seeded order: benchmarks list the right one first (--no-shuffle).
---paper undoes 2 and 5, of 1 that flaws count, and of 4 the step; the rest stays.
+ 2. A pair for each of the two likeliest tools (flaw alone: of the called one), its tool and keys
+    dictated; if one fails, none. It is written call first; a copy of x is never trained on.
+ 3. Polyak's step, on calls alone, as the template spells and ends them; a cosine, no warm-up.
+ 4. The LoRA acts behind the tools only (--adapt suffix): their cache serves every stage.
+ 5. Tools are offered in a seeded order: benchmarks list the right one first (--no-shuffle).
+--paper undoes 4, of 1 that flaws count, of 2 the first sentence, and of 3 the step.
 
 N candidates, p(1) >= p(2) >= ..., R rows of T tokens, V vocabulary, K pairs, r rank. In a span
 (ids, begin), ids[begin:] is scored behind ids[:begin]. FORK HERE: one place for another idea.
@@ -135,7 +135,7 @@ def tt_si(model, tok, sample, cfg, writer=None):
         return result
 
     with stage("train"):
-        # The base reads what the prompt and the pairs all begin with: the LoRA acts behind it.
+        # The base reads what all begin with, and the LoRA acts behind it.
         spans = [span(tok, x, pair["request"], pair["call"]) for pair in result.pairs]
         head = x.ids[: x.head] if cfg.adapt == "suffix" else []
         shared = os.path.commonprefix([head, *(ids for ids, _ in spans)])
@@ -168,9 +168,9 @@ def margin(logp):  # FORK HERE: another uncertainty, low where it should adapt
     return first - sum(second)
 
 
-def certainty(margin, flaw, cfg):
+def certainty(u, found, cfg):
     """-> u, but 0 where the direct answer has a flaw [ours]: below tau it is uncertain."""
-    return 0.0 if flaw and cfg.check else margin
+    return 0.0 if found and cfg.check else u
 
 
 def doubtful_tools(result, x, cfg):
@@ -199,7 +199,7 @@ GAP = "\0"  # in an outline: here the model writes a JSON value
 UNSAID = "a value is not in the request"  # or in other words: such pairs come last
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
 TYPES |= {"array": [list], "object": [dict]}
-MORE = ("additionalProperties", "anyOf", "oneOf", "allOf", "$ref")  # they may add arguments
+MORE = ("additionalProperties", "anyOf", "oneOf", "allOf", "$ref")  # may add arguments
 
 
 def generate(model, tok, x, after_tools, tools, cfg):
@@ -300,7 +300,7 @@ def lists_all(schema):
 
 
 def said(value, request):
-    """Does a request hold a value? An empty one never; only texts and numbers are looked for."""
+    """Does a request hold a value? Texts anywhere, numbers not within others; others always."""
     if value in ("", [], {}):
         return False
     if type(value) in (int, float):
@@ -310,8 +310,8 @@ def said(value, request):
 
 
 def choose(drafts, tools, cfg):
-    """-> the pairs to train on: one for each of the tools, or none, as one alone would pull the
-    answer to its tool; of supplied drafts or free ones (given nothing) the first K."""
+    """-> the pairs to train on: one for each of the tools, or none, as a part would pull the
+    answer to its tools; of supplied drafts or free ones (given nothing) the first K."""
     usable = [draft["pair"] for draft in drafts if draft["verdict"] == "kept"]
     usable += [draft["pair"] for draft in drafts if draft["verdict"] == UNSAID]
     if cfg.given == "nothing" or cfg.pairs:
@@ -324,7 +324,7 @@ def choose(drafts, tools, cfg):
 # ---------------------------------------------------------- T: self-improvement
 @contextmanager  # FORK HERE: another adapter
 def temporary_lora(model, cfg, rng):
-    """A LoRA on every linear layer of the decoder -> its parameters. Leaving the block resets.
+    """A LoRA on each nn.Linear of the decoder -> its parameters. Leaving the block resets.
 
     x --+-- W, frozen --------------------------------+--> y     A uniform, +-1/sqrt(d_in);
         '-- A (d_in, r) -- B (r, d_out) -- alpha / r -'          B = 0: nothing changes yet
@@ -396,7 +396,7 @@ class Prefix:
         """Reads new (R, T) behind a cache, in place -> (R, keep, V) the last logits."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        # Positions: for a number a slice is taken, and the output layer copies its weight a row.
+        # Positions, no count: behind a view the output layer would copy its weight for each row.
         last = torch.arange(new.shape[1])[-keep:]
         # `cache` is what was `past_key_values` before transformers 5.24.
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=last).logits
@@ -415,8 +415,8 @@ def measured(model, cost, stage):
 
 
 def logprob(spans, prefix):
-    """-> (R,) nats: of R spans (ids, begin), log P of ids[begin:] behind ids[:begin]. All begin
-    with the prefix, which ends before any begin.
+    """-> (R,) nats: of R spans (ids, begin), log P of ids[begin:] behind ids[:begin]. All of
+    them begin with the prefix, which ends before any `begin`.
 
     tokens   t0    t1    t2    t3      the logits at one position
     logits   '---> '---> '---> '       predict the token at the next
@@ -545,7 +545,7 @@ def prepare(tok, sample, cfg):
     x.request = transcript([m for m in messages if m["role"] != "system"])
     x.turns = [m["content"] for m in messages if m["role"] == "user"]
     x.ids, _ = encode(tok, tools, messages)
-    # Two prompts are the same to the tools' end, but for a token that a request may merge with.
+    # Two prompts are the same to the tools' end, if tools come first, but for a merging token.
     other, _ = span(tok, x, "-")
     x.head = max(len(os.path.commonprefix([x.ids, other])) - 1, 0)
     # A candidate ends with the token that closes its name, or `book` always beats `book_room`.
@@ -577,12 +577,12 @@ def encode(tok, tools, messages, call=None):
     ids = tok(prompt, add_special_tokens=False).input_ids
     more = continuation(tok, call_text(tok, call)) if call else []
     n = len(ids + more)
-    need(n <= tok.model_max_length, f"{n} tokens and an answer exceed the context")
+    need(n <= tok.model_max_length, "its tokens and an answer exceed the context")
     return ids + more, len(ids)
 
 
 def render(tok, messages, tools=None, answered=False):
-    """-> messages by the chat template; unless answered, up to where the model goes on."""
+    """-> messages by the chat template; unless answered, up to where it goes on."""
     if tools:
         tools = [{"type": "function", "function": tool} for tool in tools]
     how = dict(tokenize=False, enable_thinking=False, date_string="01 January 2026")
@@ -621,7 +621,7 @@ def call_text(tok, call):
 def continuation(tok, text, most=math.inf):
     """-> ids of a text that stands behind another, with which none of them merges; those that
     begin in its first `most` characters."""
-    # A stand-in takes the blank that some tokenizers put first.
+    # A stand-in of one character takes the blank that some tokenizers put first.
     stand_in = "a" if text[:1].isdigit() else "0"
     out = tok(stand_in + text, add_special_tokens=False, return_offsets_mapping=True)
     places = zip(out.input_ids, out.offset_mapping, strict=True)
@@ -673,7 +673,7 @@ def composed(value):
 
 
 def json_end(text):
-    """-> where the JSON value ends that a text begins with; 0: it is open; -1: not JSON."""
+    """-> where the JSON value that begins a text ends; 0: it is open; -1: not JSON."""
     start = len(text) - len(text.lstrip())
     try:
         _, end = DECODER.raw_decode(text, start)
@@ -689,7 +689,7 @@ def json_end(text):
 
 def parse(text):
     """-> the first call in a text, or None."""
-    # Behind a thought, which may hold drafts of it; without one from 0.
+    # Behind a thought, which may hold drafts of the call; without one from 0.
     start = text.rfind("</think>") + 1
     if "<think>" in text[start:]:
         return None
@@ -773,8 +773,10 @@ def to_tool(tool):
     is_schema = "properties" in given or given.get("type") == "object"
     is_other = "inputSchema" in tool or "input_schema" in tool
     is_schema = is_schema and not is_other and isinstance(schema["required"], list)
+    is_schema = is_schema and all(isinstance(key, str) for key in schema["required"])
     for rule in schema["properties"].values():
         is_schema = is_schema and isinstance(rule.get("enum") or [], list)
+    need(isinstance(tool["name"], str), f"a name that is no text: {tool['name']}")
     need(is_schema, f'"parameters" of {tool["name"]} must be a JSON schema')
     about = tool.get("description") or ""
     return {"name": tool["name"], "description": about, "parameters": schema}
@@ -797,6 +799,8 @@ def load(name, cfg):
         tok = transformers.AutoTokenizer.from_pretrained(name, **how)
         tok.get_chat_template()
         need(tok.is_fast, "its tokenizer is a slow one")
+        opening = render(tok, [{"role": "user", "content": "?"}])
+        need(not opening.rstrip().endswith("<think>"), "its template opens a thought")
         how |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         need(not info["missing_keys"], f"weights are missing: {info['missing_keys']}")
@@ -846,6 +850,8 @@ def answer(model, tok, sample, cfg, writer):
         result = tt_si(model, tok, sample, cfg, writer)
     except InputError as e:  # beyond the context, or refused by the chat template
         result = Result(sample["id"], cost={}, decision=f"not answered: {e}")
+    except torch.OutOfMemoryError:  # of an accelerator
+        result = Result(sample["id"], cost={}, decision="not answered: out of memory")
     row = dataclasses.asdict(result)
     if "call" in sample:
         row["grades"] = {side: grade(row[side], sample["call"]) for side in ("direct", "answer")}
@@ -922,7 +928,7 @@ def run(cfg):
     if cfg.pairs:
         advice = "a line is {id, pairs: [{request, call}, ...]}"
         pairs = read_jsonl(cfg.pairs, lambda row: [*map(dumps, row["pairs"])], advice)
-        need(pairs.keys() & ids, f"{cfg.pairs} has pairs for no sample of {path}")
+        need(pairs.keys() & ids, f"{cfg.pairs} has pairs for none of these samples of {path}")
 
     models = [load(name, cfg) for name in (cfg.model, cfg.teacher) if name]
     model, tok = models[0]
@@ -944,7 +950,7 @@ def run(cfg):
     except KeyboardInterrupt:
         done = sum(i in rows for i in ids)
         raise KeyboardInterrupt(f"after {done} of {len(ids)} samples") from None
-    finally:  # the table so far, whatever ends the run; of several processes the last's
+    finally:  # the table so far, whatever ends the run; of several who sees all rows
         if cfg.output:
             rows |= whole_rows(Path(cfg.output), stamp["key"])
         if cfg.trace in rows:
@@ -998,10 +1004,8 @@ def tell(row, sample, tok, cfg):
     steps = row | {"prompt": "", "label": sample.get("call")}
     with suppress(InputError):
         steps["prompt"] = tok.decode(prepare(tok, sample, cfg).ids)
-    captions = {"prompt": "what Algorithm 1 sees"}
-    for item in dataclasses.fields(Result)[1:]:
-        captions[item.name] = item.metadata["help"]
-    captions["label"] = "which no step saw"
+    captions = {item.name: item.metadata["help"] for item in dataclasses.fields(Result)[1:]}
+    captions = {"prompt": "what Algorithm 1 sees"} | captions | {"label": "which no step saw"}
     for name, caption in captions.items():
         lines = steps[name] if isinstance(steps[name], list) else [steps[name]]
         print(f"\n-- {name:10}{caption}", *lines, sep="\n   ")
