@@ -300,7 +300,7 @@ def lists_all(schema):
 
 
 def said(value, request):
-    """Does a request hold a value? Texts anywhere, numbers not within others; others always."""
+    """Does a request hold a value? Texts anywhere, numbers not within others; the rest always."""
     if value in ("", [], {}):
         return False
     if type(value) in (int, float):
@@ -950,7 +950,7 @@ def run(cfg):
     except KeyboardInterrupt:
         done = sum(i in rows for i in ids)
         raise KeyboardInterrupt(f"after {done} of {len(ids)} samples") from None
-    finally:  # the table so far, whatever ends the run; of several who sees all rows
+    finally:  # the table so far, whatever ends the run; of several, by who sees all
         if cfg.output:
             rows |= whole_rows(Path(cfg.output), stamp["key"])
         if cfg.trace in rows:
