@@ -17,18 +17,19 @@ named with its line, up to ten of them; all others are written. The exit status 
 left, or a file cannot be read or written. Standard library only: it runs where torch is not.
 """
 
-import argparse
 import gzip
 import json
 import re
 import statistics
 import sys
 import zlib
+from argparse import ArgumentParser, RawTextHelpFormatter
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
 STDIN = "standard input"
+COMMA = re.compile(r"\s*,\s*")
 
 
 class Dropped(Exception):
@@ -69,10 +70,7 @@ def encoded(value):
 
 def as_object(value, what):
     """An object, or the one that a string holds as JSON; of nothing the empty one."""
-    try:
-        value = STRICT.decode(value) if isinstance(value, str) else value or {}
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{what} is no sound JSON: {e}") from None
+    value = decoded(value) or {}
     need(isinstance(value, dict), f"{what} must be an object {{...}}, not {type(value).__name__}")
     return value
 
@@ -84,27 +82,16 @@ def as_list(value):
     return value if isinstance(value, list) else [value]
 
 
-ALIASES = {
-    "tools": ("tools", "functions", "toolConfig"),  # toolConfig, toolSpec: Bedrock
-    "tool": ("function", "toolSpec"),
-    "schema": ("parameters", "inputSchema", "input_schema"),  # MCP and Bedrock; Anthropic
-    "label": ("call", "answers", "tool_calls"),  # answers: xLAM, Hammer
-    "calls": ("tool_calls", "function_call"),  # function_call: OpenAI's older API
-    "call": ("function",),
-    "arguments": ("arguments", "parameters", "input", "args"),  # Seal-Tools; Anthropic
-}
-
-
-def find(record, what):
-    """What stands in an object under one of its names: the first that is not empty."""
-    values = [decoded(record[key]) for key in ALIASES[what] if key in record]
-    return next(filter(None, values), values[0] if values else None)
+def find(record, *names):
+    """What stands in an object under one of these names: the first that is not empty."""
+    values = [decoded(record[name]) for name in names if name in record]
+    return max(values, key=bool, default=None)
 
 
 def named(value, what):
     """A tool or a call, or the one inside it, with its name under "name"."""
     value = as_object(value, f"a {what}")
-    inner = find(value, what)
+    inner = find(value, "function", "toolSpec")  # toolSpec: Bedrock
     value = inner if isinstance(inner, dict) else value
     name = value.get("name", value.get("tool"))  # tool: Seal-Tools
     need(isinstance(name, str) and name, f'a {what} has no "name"; give one: {[*value]}')
@@ -112,6 +99,7 @@ def named(value, what):
 
 
 # ------------------------------------------------------------------------------------------ tools
+SCHEMA = ("parameters", "inputSchema", "input_schema")  # MCP and Bedrock; Anthropic
 TYPES = {"str": "string", "int": "integer", "float": "number", "double": "number"}
 TYPES |= {"bool": "boolean", "list": "array", "tuple": "array", "set": "array", "dict": "object"}
 TYPES |= {name: name for name in [*TYPES.values(), "null"]}
@@ -154,60 +142,55 @@ def is_map(value):
 
 def is_required(rule, marked):
     """Is a parameter required, if no list says so? `marked`: only if its own flag does."""
-    if marked or isinstance(rule.get("required"), bool):
-        return rule.get("required") is True
-    by_type = re.search(r"\boptional\b", str(rule.get("type")), re.I)
-    return not (by_type or "default" in rule or rule.get("optional"))
-
-
-def may_be_null(rule):
-    """Then it may be absent, which is the same here."""
-    return rule.get("nullable") is True or "null" in f"{rule.get('type')} {rule.get('anyOf')}"
+    if isinstance(rule.get("required"), bool):
+        return rule["required"]
+    optional = "default" in rule or rule.get("optional")
+    return not (marked or optional or "optional" in str(rule.get("type")).lower())
 
 
 def to_tool(tool, marked):
     """A tool of any API as OpenAI writes it."""
-    schema = as_object(find(tool, "schema"), "its schema")
+    schema = as_object(find(tool, *SCHEMA), "its schema")
     if "inputSchema" in tool:  # Bedrock
         schema = as_object(schema.get("json", schema), "its schema")
-    if is_map(schema) and not is_map(schema.get("properties")):  # no JSON schema: xLAM, Hammer
+    is_bare = is_map(schema) and not is_map(schema.get("properties"))
+    if is_bare:  # no JSON schema: xLAM, Hammer
         schema = {"properties": schema}
-    else:
-        marked = True
     rules = as_object(schema.get("properties"), "properties")
     rules = {key: as_object(rule, f"the schema of {key}") for key, rule in rules.items()}
     required = schema.get("required", tool.get("required"))  # Seal-Tools has it beside them
     if not isinstance(required, list):
-        required = [key for key, rule in rules.items() if is_required(rule, marked)]
+        required = [key for key, rule in rules.items() if is_required(rule, marked or not is_bare)]
     schema = {"type": "object"} | to_schema(schema | {"properties": rules})
-    schema["required"] = [k for k in map(str, required) if k in rules and not may_be_null(rules[k])]
+    schema["required"] = [key for key in map(str, required) if key in rules]
     about = {"name": tool["name"], "description": str(tool.get("description", ""))}
     return {"type": "function", "function": about | {"parameters": schema}}
 
 
 def to_tools(record):
     """The tools of a record; `components` of ToolAlpaca, without a schema, is none."""
-    tools = find(record, "tools")
+    tools = find(record, "tools", "functions", "toolConfig")
     if isinstance(tools, dict):  # of MCP, or of Bedrock
         tools = tools.get("tools")
     need(isinstance(tools, list), 'no tools; give "tools": [{"name": ..., "parameters": ...}, ...]')
     tools = [named(tool, "tool") for tool in tools]
     names = [tool["name"] for tool in tools]
-    # Which parameters of a bare map are required? ToolAlpaca marks them, if any. API-Bank says
-    # nothing: its tools are known by their `return`, and require nothing. All others are xLAM's:
-    # what has no default and is not called optional is required, or a pair without any argument
-    # would pass as complete.
+    # Which parameters of a bare map are required? ToolAlpaca, which has components, marks them.
+    # API-Bank, which has a return, requires none. All others are xLAM's: all are required but
+    # those with a default or called optional.
     marked = '"required": true' in encoded(tools) or "components" in names
     marked = marked or any("return" in tool for tool in tools)
-    tools = [tool for tool in tools if tool["name"] != "components" or find(tool, "schema")]
+    tools = [tool for tool in tools if tool["name"] != "components" or find(tool, *SCHEMA)]
     need(tools, "no tool is on offer", Dropped)
     need(len(set(names)) == len(names), "a tool is on offer twice", Dropped)
     return [to_tool(tool, marked) for tool in tools]
 
 
 # ----------------------------------------------------------------------------- calls and messages
-ROLES = {"system": "system developer", "user": "user human"}
-ROLES |= {"assistant": "assistant model gpt agent tool_call function_call"}
+ARGUMENTS = ("arguments", "parameters", "input", "args")  # Seal-Tools; Anthropic
+# Roles of messages, and of fields of a record: xLAM has a query, TRL a prompt and a completion.
+ROLES = {"system": "system developer", "user": "user human messages query prompt"}
+ROLES |= {"assistant": "assistant model gpt agent tool_call function_call completion"}
 ROLES |= {"tool": "tool function ipython observation tool_response"}
 ROLES = {name: role for role, names in ROLES.items() for name in names.split()}
 SUFFIX = re.compile(r"\s*Generate API Request:\s*$")  # ends API-Bank's dialogues, and is no turn
@@ -217,50 +200,46 @@ PYTHON = {"True": "true", "False": "false", "None": "null"}
 def to_call(value):
     """-> {name, arguments} of a call of any API; no arguments are none."""
     call = named(value, "call")
-    return {"name": call["name"], "arguments": as_object(find(call, "arguments"), "arguments")}
+    return {"name": call["name"], "arguments": as_object(find(call, *ARGUMENTS), "arguments")}
 
 
 def calls_in_text(text):
     """The calls that a text holds as JSON among other things; one in a thought is none."""
     text = text.rpartition("</think>")[2]
-    text = text[max(text.find("{"), 0) :]  # prose may hold a lone quote
+    text = text[text.find("{") :]  # prose may hold a lone quote
     words = r'"(?:\\.|[^"\\])*"|\b(?:True|False|None)\b'  # strings stay as they are
     text = re.sub(words, lambda found: PYTHON.get(found[0], found[0]), text)
-    calls, at = [], text.find("{")
-    while at >= 0:
-        after = at + 1
+    calls, at = [], 0
+    while at := text.find("{", at) + 1:
         with suppress(ValueError, RecursionError):
-            value, end = STRICT.raw_decode(text, at)
-            if value.keys() & set(ALIASES["arguments"]):
+            value, end = STRICT.raw_decode(text, at - 1)
+            if value.keys() & set(ARGUMENTS):
                 calls.append(to_call(value))
-                after = end
-        at = text.find("{", after)
+                at = end
     return calls
 
 
 def add(messages, role, text, calls):
     """One more message; a call is of one turn with what the assistant said just before."""
-    last = messages[-1] if messages else {"role": "none"}
+    last = messages[-1] if messages else {}
     earlier = last.get("tool_calls", [])
-    calls = [{"type": "function", "function": to_call(call)} for call in calls]
     message = {"role": role, "content": text}
     if role == "tool" and len(earlier) == 1:
         message = {"name": earlier[0]["function"]["name"]} | message
-    if calls and last["role"] == "assistant" and not text.strip():
-        last["tool_calls"] = earlier + calls
-    elif calls:
-        messages.append(message | {"tool_calls": calls})
-    elif text.strip() or role == "tool":
+    if calls:
+        message["tool_calls"] = [{"type": "function", "function": to_call(c)} for c in calls]
+    if calls and last.get("role") == "assistant" and not text.strip():
+        last["tool_calls"] = earlier + message["tool_calls"]
+    elif calls or text.strip() or role == "tool":
         messages.append(message)
 
 
 def add_turn(messages, turn, place):
     """The messages of one turn: Anthropic has the results of tools in parts of a user's turn."""
     turn = as_object(turn, place)
-    name = str(turn.get("role")).lower()
-    need(name in ROLES, f"{place}: its role must be one of {sorted(ROLES)}")
-    role = ROLES[name]
-    texts, calls = [], list(as_list(find(turn, "calls")))
+    role = ROLES.get(str(turn.get("role")).lower())
+    need(role, f"{place}: its role must be one of {[*ROLES]}")
+    texts, calls = [], list(as_list(find(turn, "tool_calls", "function_call")))
     for part in as_list(turn.get("content")):
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("text") if isinstance(part, dict) else part
@@ -273,28 +252,23 @@ def add_turn(messages, turn, place):
         elif role == "tool":  # a result may be anything
             texts.append(encoded(part))
         elif kind not in ("thinking", "redacted_thinking"):
-            need(kind, f'{place}: its "content" must be text')
             raise Dropped("a message has an image, or so")
     text = "\n".join(texts)
     if role == "assistant" and not calls:
         calls = calls_in_text(text)
         text = "" if calls else text
-    need(calls or not name.endswith("_call"), f"{place}: no call")  # ms-swift
     add(messages, role, text, calls)
 
 
 def to_dialogue(record):
     """All messages of a record, its label's included."""
-    roles = {"messages": "user"}
-    if "messages" not in record:  # xLAM; TRL has prompt and completion
-        roles = {"query": "user", "prompt": "user", "completion": "assistant"}
-    need(record.keys() & roles, 'no request; give "messages": [{"role": "user", "content": "..."}]')
+    keys = ["messages"] if "messages" in record else ["query", "prompt", "completion"]
+    need({*keys} & {*record}, 'no request; give "messages": [{"role": "user", "content": "..."}]')
     messages = []
-    for key, role in ({"system": "system"} | roles).items():
+    for key in ["system", *keys]:
         turns = decoded(record.get(key))
-        is_dialogue = isinstance(turns, list) and all(isinstance(decoded(t), dict) for t in turns)
-        if key == "system" or not is_dialogue:
-            turns = [{"role": role, "content": record.get(key)}]
+        if key == "system" or not isinstance(turns, list):
+            turns = [{"role": key, "content": record.get(key)}]
         for n, turn in enumerate(turns):
             add_turn(messages, turn, f"{key}[{n}]")
     need(any(m["role"] == "user" for m in messages), "no request by the user", Dropped)
@@ -305,19 +279,15 @@ def to_dialogue(record):
 def take_label(record, messages, names):
     """-> the label, or None. It leaves the messages, if they end with it."""
     need(decoded(record.get("answers")) != [], "no call is right", Dropped)
-    labels = [to_call(label) for label in as_list(find(record, "label") or None)]
-    last = [call["function"] for call in messages[-1].get("tool_calls", [])]
-    if last:
-        messages.pop()
-    need(max(len(labels), len(last)) < 2, "several calls", Dropped)
-    need(not labels or not last or labels == last, '"call" and that of the last message differ')
-    call = next(iter(labels + last), None)
-    need(not call or call["name"] in names, "the answer's tool is not on offer", Dropped)
-    return call
-
-
-def check_no_leak(messages, names):
-    """A call before a result or another request is history; one after them would be the label."""
+    calls = [
+        to_call(label) for label in as_list(find(record, "call", "answers", "tool_calls") or None)
+    ]
+    if "tool_calls" in messages[-1]:
+        last = [call["function"] for call in messages.pop()["tool_calls"]]
+        calls = last if calls == last[:1] else calls + last
+    need(len(calls) < 2, "several calls", Dropped)
+    need(all(call["name"] in names for call in calls), "the answer's tool is not on offer", Dropped)
+    # A call before a result or another request is history; one after them would be the label.
     for message in reversed(messages):
         if message["role"] in ("user", "tool"):
             break
@@ -325,6 +295,7 @@ def check_no_leak(messages, names):
         forms = [form.format(n) for n in names for form in ("{}(", "={}", ": '{}'", ': "{}"')]
         unread = any(form in message["content"] for form in forms)
         need(not unread, 'the last message has a call in a form that is not read; give "call"')
+    return next(iter(calls), None)
 
 
 def first_accepted(value):
@@ -340,19 +311,16 @@ def first_accepted(value):
 
 
 def from_bfcl(item, answers):
-    """An item of BFCL, the Berkeley leaderboard -> a record with messages, tools, answers."""
-    name = str(item.get("id"))
-    need(answers is not None, "BFCL's answers are in a file of their own; give --answers FILE")
-    need(name in answers, "no answer with its id", Dropped)
+    """An item of BFCL, the Berkeley leaderboard -> a record with messages, tools, call, accept."""
+    answer = as_list(answers.get(str(item.get("id"))))
+    need(answer, "no answer with its id; give BFCL's by --answers", Dropped)
     need(len(item["question"]) == 1, "several turns", Dropped)
-    calls = []
-    for answer in as_list(answers[name]):
-        for function, accept in as_object(answer, "an answer").items():
-            accept = as_object(accept, "an answer's arguments")
-            need([] not in accept.values(), "an argument with no acceptable value", Dropped)
-            calls.append({"name": function, "arguments": first_accepted(accept)})
-    messages = item["question"][0]
-    return {"id": name, "messages": messages, "tools": item["function"], "answers": calls}
+    need(len(answer) == 1, "several calls", Dropped)
+    ((name, accept),) = as_object(answer[0], "an answer").items()
+    accept = as_object(accept, "an answer's arguments")
+    need([] not in accept.values(), "an argument with no acceptable value", Dropped)
+    record = {"messages": item["question"][0], "tools": item["function"]}
+    return item | record | {"call": {"name": name}, "accept": accept}
 
 
 def to_record(record, number):
@@ -361,7 +329,6 @@ def to_record(record, number):
     names = [tool["function"]["name"] for tool in tools]
     messages = to_dialogue(record)
     call = take_label(record, messages, names)
-    check_no_leak(messages, names)
     name = str(record.get("id", number))
     need(name and name.isprintable(), f"id {name!r} is no text; leave it out, and get a number")
     out = {"id": name, "messages": messages, "tools": tools}
@@ -372,56 +339,45 @@ def to_record(record, number):
 
 
 # ------------------------------------------------------------------------------------------ files
-def load(path):
-    """The text of a file. Bytes that are not UTF-8 become half surrogates, which are refused."""
-    try:
-        data = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as e:
-        raise ValueError(f"{path}: cannot be read: {e}") from None
-    text = data.decode("utf-8-sig", errors="surrogateescape")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-BETWEEN = re.compile(r"\s*([\[,]?\s*\]|[\[,]?)\s*")  # items of an array: "[", ",", "]", "[]"
-
-
 def read(path, faults):
     """Yields (place, text) of each item of JSON lines, or of one JSON array."""
-    text, line, at = load(path), 1, 0
-    between = BETWEEN.match(text)
-    if not between[1]:
+    data = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+    # Bytes that are not UTF-8 become half surrogates, which are refused with their record.
+    text = data.decode("utf-8-sig", errors="surrogateescape")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    start = re.match(r"\s*\[\s*", text)
+    if not start:
         for line, item in enumerate(text.split("\n"), 1):
             if item.strip():
                 yield f"{path}:{line}", item
         return
+    line, at = 1, 0
     try:
-        while between[1] in ("[", ","):
-            line += text.count("\n", at, between.end())
-            at = between.end()
+        while start:
+            line += text.count("\n", at, start.end())
+            at = start.end()
             end = LENIENT.raw_decode(text, at)[1]
             yield f"{path}:{line}", text[at:end]
-            between = BETWEEN.match(text, end)
-        if not between[1] or between.end() < len(text):
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, between.end())
+            start = COMMA.match(text, end)
+        need(text[end:].strip() == "]", "after this item , or ] is missing")
     except (ValueError, RecursionError) as e:
-        line = getattr(e, "lineno", line)
         faults.append(f"{path}:{line}: not JSON: {e}; mend it: nothing after it is read")
 
 
 def convert(path, answers_path=None):
     """-> ([records], number of items, Counter of why items were dropped, [faults])."""
-    records, answers, items, dropped, faults = {}, None, 0, Counter(), []
+    records, answers, items, dropped, faults = {}, {}, 0, Counter(), []
     beside = Path(path).parent / "possible_answer" / Path(path).name
     if answers_path or beside.exists():
-        read_answers = read(answers_path or str(beside), faults)
-        answers = [as_object(text, place) for place, text in read_answers]
-        answers = {str(answer.get("id")): answer.get("ground_truth") for answer in answers}
+        for place, text in read(answers_path or beside, faults):
+            answer = as_object(text, place)
+            answers[str(answer.get("id"))] = answer.get("ground_truth")
     for place, text in read(path, faults):
         items += 1
         try:
-            record = as_object(text, "a record")
+            record = as_object(STRICT.decode(text), "a record")
             encoded(record)
             if isinstance(record.get("question"), list) and "function" in record:
                 record = from_bfcl(record, answers)
@@ -449,14 +405,25 @@ def shape(records):
     for record in labelled:
         call, tools = record["call"], [tool["function"] for tool in record["tools"]]
         first += tools[0]["name"] == call["name"]
-        (schema,) = [tool["parameters"] for tool in tools if tool["name"] == call["name"]]
-        unlisted += bool(call["arguments"].keys() - schema["properties"].keys())
+        rules = {tool["name"]: tool["parameters"]["properties"] for tool in tools}[call["name"]]
+        unlisted += not call["arguments"].keys() <= rules.keys()
     text += f"; the first tool listed is the right one in {100 * first / len(labelled):.1f} %"
     return f"{text}; {unlisted} labels have an argument that their tool does not list"
 
 
-def tell(path, records, items, dropped, faults):
-    """Faults and counts, on standard error."""
+def main():
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("file", nargs="?", default="-", help="-, the default: standard input")
+    parser.add_argument("--answers", help="BFCL's, if they are not in possible_answer/ beside FILE")
+    args = parser.parse_args()
+    path = STDIN if args.file == "-" else args.file
+    try:
+        records, items, dropped, faults = convert(path, args.answers)
+        # Not through sys.stdout: on a full disk python would try again when it ends.
+        with open(1, "w", encoding="utf-8", newline="\n", closefd=False) as out:
+            out.writelines(encoded(record) + "\n" for record in records)
+    except (OSError, EOFError, zlib.error, ValueError) as e:
+        parser.exit(2, f"convert: {e}\n")
     lines = faults[:10]
     if len(faults) > 10:
         lines.append(f"and {len(faults) - 10} more")
@@ -467,28 +434,8 @@ def tell(path, records, items, dropped, faults):
     lines.append(shape(records) if records else "nothing is left")
     for line in lines:
         print(f"convert: {line}", file=sys.stderr)
-
-
-def main(argv=None):
-    """-> the exit status."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("convert.py", description=__doc__, formatter_class=raw)
-    parser.add_argument("file", nargs="?", default="-", help="-, the default: standard input")
-    parser.add_argument("--answers", help="BFCL's, if they are not in possible_answer/ beside FILE")
-    args = parser.parse_args(argv)
-    path = STDIN if args.file == "-" else args.file
-    try:
-        records, *counts = convert(path, args.answers)
-        # Not through sys.stdout: on a full disk python would try again when it ends.
-        with open(1, "w", encoding="utf-8", newline="\n", closefd=False) as out:
-            out.writelines(encoded(record) + "\n" for record in records)
-    except (ValueError, OSError) as e:
-        reason = f"cannot be written: {e}" if isinstance(e, OSError) else e
-        print(f"convert: {reason}", file=sys.stderr)
-        return 2
-    tell(path, records, *counts)
-    return 0 if records else 2
+    sys.exit(0 if records else 2)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
