@@ -3,18 +3,16 @@
     python data/convert.py FILE > calls.jsonl  # no FILE, or -: standard input
     python data/convert.py --answers ANSWERS BFCL_v4_multiple.json > multiple.jsonl
 
-FILE holds JSON objects, one a line, or one JSON array of them, as they are or in gzip. Written
-is, one a line, with the label under `call` alone or without any,
+FILE holds JSON objects, one a line, or one array of them, as they are or in gzip. Written is, one
+a line, with the label under `call` alone or without any,
 
     {"id": "1", "messages": [{"role": "user", "content": "Cancel my flight to Rome"}],
-     "tools": [{"type": "function",
-                "function": {"name": "cancel_flight", "description": "", "parameters": SCHEMA}}],
+     "tools": [{"type": "function", "function": {"name": "cancel_flight", ...}}],
      "call": {"name": "cancel_flight", "arguments": {"city": "Rome"}}}
 
-Standard error says what was read. A record that is well formed and of no use (several calls, the
-answer's tool not on offer) is dropped, and counted by its reason. A malformed one is left out and
-named with its line, up to ten of them; all others are written. The exit status is 2 if nothing is
-left, or a file cannot be read or written. Standard library only: it runs where torch is not.
+What is well formed and of no use (several calls, the answer's tool not on offer) is dropped, and
+counted by its reason. Of what is malformed ten are named with their lines. All others are written.
+The exit status is 2 if nothing is left, or a file cannot be read or written.
 """
 
 import gzip
@@ -29,7 +27,6 @@ from contextlib import suppress
 from pathlib import Path
 
 STDIN = "standard input"
-COMMA = re.compile(r"\s*,\s*")
 
 
 class Dropped(Exception):
@@ -41,7 +38,6 @@ def need(ok, text, error=ValueError):
         raise error(text)
 
 
-# ------------------------------------------------------------------------------------------- JSON
 def present(pairs):
     """A JSON object without its nulls, which Arrow writes for what is absent."""
     keys = [key for key, _ in pairs]
@@ -107,13 +103,10 @@ TYPES |= {name: name for name in [*TYPES.values(), "null"]}
 
 def typed(kind):
     """A type as JSON schema: `List[int], optional` is {"type": "array", "items": ...}."""
-    if isinstance(kind, list):  # ["string", "null"]
-        return {"type": kind}
-    name, *inner = re.findall(r"\w+", str(kind).lower().removeprefix("optional")) or [""]
-    if name not in TYPES:  # "any": no rule, then any value is legal
-        return {}
+    name, *inner = re.findall(r"\w+", kind.lower().removeprefix("optional")) or [""]
+    schema = {"type": TYPES[name]} if name in TYPES else {}  # "any": any value is legal
     items = typed(" ".join(inner)) if name in ("list", "set", "array") else {}
-    return {"type": TYPES[name]} | ({"items": items} if items else {})
+    return schema | ({"items": items} if items else {})
 
 
 def to_schema(rule):
@@ -126,7 +119,7 @@ def to_schema(rule):
         rule["enum"] = rule.pop("choices")
     if "example" in rule:
         rule["examples"] = [rule.pop("example")]
-    if "type" in rule:
+    if isinstance(rule.get("type"), str):  # not ["string", "null"]
         rule = typed(rule.pop("type")) | rule
     if isinstance(rule.get("items"), dict):
         rule["items"] = to_schema(rule["items"])
@@ -153,16 +146,17 @@ def to_tool(tool, marked):
     schema = as_object(find(tool, *SCHEMA), "its schema")
     if "inputSchema" in tool:  # Bedrock
         schema = as_object(schema.get("json", schema), "its schema")
-    is_bare = is_map(schema) and not is_map(schema.get("properties"))
-    if is_bare:  # no JSON schema: xLAM, Hammer
-        schema = {"properties": schema}
+    is_bare = is_map(schema) and not is_map(schema.get("properties"))  # xLAM, Hammer
+    schema = {"properties": schema} if is_bare else schema
     rules = as_object(schema.get("properties"), "properties")
     rules = {key: as_object(rule, f"the schema of {key}") for key, rule in rules.items()}
     required = schema.get("required", tool.get("required"))  # Seal-Tools has it beside them
     if not isinstance(required, list):
         required = [key for key, rule in rules.items() if is_required(rule, marked or not is_bare)]
     schema = {"type": "object"} | to_schema(schema | {"properties": rules})
-    schema["required"] = [key for key in map(str, required) if key in rules]
+    # What may be null may be absent, which is the same here.
+    firm = [k for k, r in rules.items() if "null" not in f"{r.get('type')} {r.get('anyOf')}"]
+    schema["required"] = [key for key in map(str, required) if key in firm]
     about = {"name": tool["name"], "description": str(tool.get("description", ""))}
     return {"type": "function", "function": about | {"parameters": schema}}
 
@@ -170,14 +164,12 @@ def to_tool(tool, marked):
 def to_tools(record):
     """The tools of a record; `components` of ToolAlpaca, without a schema, is none."""
     tools = find(record, "tools", "functions", "toolConfig")
-    if isinstance(tools, dict):  # of MCP, or of Bedrock
-        tools = tools.get("tools")
+    tools = tools.get("tools") if isinstance(tools, dict) else tools  # of MCP, or of Bedrock
     need(isinstance(tools, list), 'no tools; give "tools": [{"name": ..., "parameters": ...}, ...]')
     tools = [named(tool, "tool") for tool in tools]
     names = [tool["name"] for tool in tools]
-    # Which parameters of a bare map are required? ToolAlpaca, which has components, marks them.
-    # API-Bank, which has a return, requires none. All others are xLAM's: all are required but
-    # those with a default or called optional.
+    # Of bare maps, ToolAlpaca's (components) mark what is required, and API-Bank's (return) require
+    # nothing. In all others, xLAM's, all is required but what has a default or is called optional.
     marked = '"required": true' in encoded(tools) or "components" in names
     marked = marked or any("return" in tool for tool in tools)
     tools = [tool for tool in tools if tool["name"] != "components" or find(tool, *SCHEMA)]
@@ -186,9 +178,9 @@ def to_tools(record):
     return [to_tool(tool, marked) for tool in tools]
 
 
-# ----------------------------------------------------------------------------- calls and messages
+# ---------------------------------------------------------------------- calls, messages, records
 ARGUMENTS = ("arguments", "parameters", "input", "args")  # Seal-Tools; Anthropic
-# Roles of messages, and of fields of a record: xLAM has a query, TRL a prompt and a completion.
+# Of messages, and of fields of a record: xLAM has a query, TRL a prompt and a completion.
 ROLES = {"system": "system developer", "user": "user human messages query prompt"}
 ROLES |= {"assistant": "assistant model gpt agent tool_call function_call completion"}
 ROLES |= {"tool": "tool function ipython observation tool_response"}
@@ -238,7 +230,7 @@ def add_turn(messages, turn, place):
     """The messages of one turn: Anthropic has the results of tools in parts of a user's turn."""
     turn = as_object(turn, place)
     role = ROLES.get(str(turn.get("role")).lower())
-    need(role, f"{place}: its role must be one of {[*ROLES]}")
+    need(role, f"{place}: no known role; give system, user, assistant or tool")
     texts, calls = [], list(as_list(find(turn, "tool_calls", "function_call")))
     for part in as_list(turn.get("content")):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -275,13 +267,11 @@ def to_dialogue(record):
     return messages
 
 
-# ---------------------------------------------------------------------------------- whole records
 def take_label(record, messages, names):
     """-> the label, or None. It leaves the messages, if they end with it."""
     need(decoded(record.get("answers")) != [], "no call is right", Dropped)
-    calls = [
-        to_call(label) for label in as_list(find(record, "call", "answers", "tool_calls") or None)
-    ]
+    labels = find(record, "call", "answers", "tool_calls") or None
+    calls = [to_call(label) for label in as_list(labels)]
     if "tool_calls" in messages[-1]:
         last = [call["function"] for call in messages.pop()["tool_calls"]]
         calls = last if calls == last[:1] else calls + last
@@ -341,7 +331,7 @@ def to_record(record, number):
 # ------------------------------------------------------------------------------------------ files
 def read(path, faults):
     """Yields (place, text) of each item of JSON lines, or of one JSON array."""
-    data = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
+    data = sys.stdin.buffer.read() if path in ("-", STDIN) else Path(path).read_bytes()
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
     # Bytes that are not UTF-8 become half surrogates, which are refused with their record.
@@ -360,7 +350,7 @@ def read(path, faults):
             at = start.end()
             end = LENIENT.raw_decode(text, at)[1]
             yield f"{path}:{line}", text[at:end]
-            start = COMMA.match(text, end)
+            start = re.compile(r"\s*,\s*").match(text, end)
         need(text[end:].strip() == "]", "after this item , or ] is missing")
     except (ValueError, RecursionError) as e:
         faults.append(f"{path}:{line}: not JSON: {e}; mend it: nothing after it is read")
@@ -383,9 +373,8 @@ def convert(path, answers_path=None):
                 record = from_bfcl(record, answers)
             record = to_record(record, items - 1)
             encoded(record)
-            name = record["id"]
-            need(name not in records, f"id {name!r} is an earlier record's, too; give each its own")
-            records[name] = record
+            need(record["id"] not in records, "its id is an earlier record's; give each its own")
+            records[record["id"]] = record
         except Dropped as e:
             dropped[str(e)] += 1
         except (ValueError, RecursionError) as e:
@@ -399,41 +388,31 @@ def shape(records):
     spread = f"{min(n)}/{statistics.median_low(n)}/{max(n)}"
     text = f"candidates {spread} (min/median/max), {n.count(1)} items with one"
     labelled = [record for record in records if "call" in record]
+    first = [r["tools"][0]["function"]["name"] == r["call"]["name"] for r in labelled]
     if not labelled:
         return f"{text}; none has a label"
-    first, unlisted = 0, 0
-    for record in labelled:
-        call, tools = record["call"], [tool["function"] for tool in record["tools"]]
-        first += tools[0]["name"] == call["name"]
-        rules = {tool["name"]: tool["parameters"]["properties"] for tool in tools}[call["name"]]
-        unlisted += not call["arguments"].keys() <= rules.keys()
-    text += f"; the first tool listed is the right one in {100 * first / len(labelled):.1f} %"
-    return f"{text}; {unlisted} labels have an argument that their tool does not list"
+    share = 100 * statistics.mean(first)
+    return f"{text}; the first tool listed is the right one in {share:.1f} %"
 
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
-    parser.add_argument("file", nargs="?", default="-", help="-, the default: standard input")
+    parser.add_argument("file", nargs="?", default=STDIN, help="-, or none: standard input")
     parser.add_argument("--answers", help="BFCL's, if they are not in possible_answer/ beside FILE")
     args = parser.parse_args()
-    path = STDIN if args.file == "-" else args.file
     try:
-        records, items, dropped, faults = convert(path, args.answers)
+        records, items, dropped, faults = convert(args.file, args.answers)
         # Not through sys.stdout: on a full disk python would try again when it ends.
         with open(1, "w", encoding="utf-8", newline="\n", closefd=False) as out:
             out.writelines(encoded(record) + "\n" for record in records)
     except (OSError, EOFError, zlib.error, ValueError) as e:
         parser.exit(2, f"convert: {e}\n")
-    lines = faults[:10]
-    if len(faults) > 10:
-        lines.append(f"and {len(faults) - 10} more")
     why = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
     why = f" ({why})" if why else ""
     counts = f"{items} items, {len(records)} left, {dropped.total()} dropped{why}"
-    lines.append(f"{path}: {counts}, {len(faults)} faults")
+    lines = [*faults[:10], f"{args.file}: {counts}, {len(faults)} faults"]
     lines.append(shape(records) if records else "nothing is left")
-    for line in lines:
-        print(f"convert: {line}", file=sys.stderr)
+    print("\n".join(f"convert: {line}" for line in lines), file=sys.stderr)
     sys.exit(0 if records else 2)
 
 
