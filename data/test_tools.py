@@ -84,6 +84,7 @@ for key in ("inputSchema", "input_schema", "parameters"):  # MCP, Anthropic, JSO
     FORMS += [{"tools": {"tools": [json.dumps({"name": "f", key: json.dumps(SCHEMA)})]}}]
 FORMS += [{"tools": [{"toolSpec": {"name": "f", "inputSchema": {"json": SCHEMA}}}]}]
 FORMS += [{"tools": [{"name": "f", "parameters": {"city": {"type": "str"}}}]}]
+FORMS += [{"messages": [*ASKED, MADE]}]  # the label twice
 FORMS += [{"messages": None, "query": "go"}, {"messages": None, "prompt": ASKED}]
 FORMS += [{"messages": [{"role": "human", "content": [{"type": "text", "text": "go"}]}]}]
 for label in ([AS_TEXT], [{"tool": "f", "parameters": {"city": "Oslo"}}], f"[{TEXT}]"):
@@ -94,7 +95,7 @@ FORMS += [{"accept": ACCEPT}, {"accept": ACCEPT, "call": {"name": "f", "argument
 FORMS += [{"call": None, "prompt": "go", "completion": TEXT, "messages": None}]
 ENDS = [MADE, {"function_call": AS_TEXT}, {"role": "tool_call", "content": TEXT}, {"content": TEXT}]
 ENDS += [{"content": f"Sure.\n<tool_call>{TEXT}</tool_call>"}, {"content": f"```[{TEXT}]```"}]
-ENDS += [{"content": f'<think>{{"name": "f"}}</think>{{"action": {TEXT}}}', "role": "gpt"}]
+ENDS += [{"content": f'<think>{TEXT}</think>{{"action": {TEXT}}}', "role": "gpt"}]
 ENDS += [{"content": [{"type": "tool_use", "name": "f", "input": CALL["arguments"]}]}]
 ENDS += [{"content": TEXT.replace("}}", ', "x": None}}')}]  # Python's word
 FORMS += [{"call": None, "messages": [*ASKED, SAID | end]} for end in ENDS]
