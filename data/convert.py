@@ -26,8 +26,6 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-STDIN = "standard input"
-
 
 class Dropped(Exception):
     """A record that is well formed and of no use to us; its text is the reason."""
@@ -155,8 +153,9 @@ def to_tool(tool, marked):
         required = [key for key, rule in rules.items() if is_required(rule, marked or not is_bare)]
     schema = {"type": "object"} | to_schema(schema | {"properties": rules})
     # What may be null may be absent, which is the same here.
-    firm = [k for k, r in rules.items() if "null" not in f"{r.get('type')} {r.get('anyOf')}"]
-    schema["required"] = [key for key in map(str, required) if key in firm]
+    maybe = [k for k, r in rules.items() if "null" in f"{r.get('type')} {r.get('anyOf')}"]
+    maybe += [k for k, r in rules.items() if r.get("nullable") is True]
+    schema["required"] = [k for k in map(str, required) if k in rules and k not in maybe]
     about = {"name": tool["name"], "description": str(tool.get("description", ""))}
     return {"type": "function", "function": about | {"parameters": schema}}
 
@@ -249,6 +248,7 @@ def add_turn(messages, turn, place):
     if role == "assistant" and not calls:
         calls = calls_in_text(text)
         text = "" if calls else text
+    need(calls or "call" not in str(turn["role"]), f"{place}: no call")  # ms-swift: tool_call
     add(messages, role, text, calls)
 
 
@@ -331,7 +331,7 @@ def to_record(record, number):
 # ------------------------------------------------------------------------------------------ files
 def read(path, faults):
     """Yields (place, text) of each item of JSON lines, or of one JSON array."""
-    data = sys.stdin.buffer.read() if path in ("-", STDIN) else Path(path).read_bytes()
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
     # Bytes that are not UTF-8 become half surrogates, which are refused with their record.
@@ -397,7 +397,7 @@ def shape(records):
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
-    parser.add_argument("file", nargs="?", default=STDIN, help="-, or none: standard input")
+    parser.add_argument("file", nargs="?", default="-", help="-, or none: standard input")
     parser.add_argument("--answers", help="BFCL's, if they are not in possible_answer/ beside FILE")
     args = parser.parse_args()
     try:

@@ -130,6 +130,7 @@ MAPS += [({"a": STR}, {"return": {}}, [])]  # API-Bank
 for key in ("properties", "type", "required", "not"):
     MAPS += [({key: STR, "b": OPTIONAL}, {}, [key])]
 MAPS += [({"properties": STR}, {}, ["properties"]), ({}, {}, [])]
+MAPS += [({"a": STR | {"nullable": True}, "b": STR}, {}, ["b"])]
 
 
 @pytest.mark.parametrize("rules,tool,want", MAPS, ids=range(len(MAPS)))
@@ -165,6 +166,7 @@ FAULTS += [f'{OPEN}, "a": {value}}}' for value in ("NaN", "1e999", '"\\ud800"')]
 FAULTS += [RECORD, RECORD | {"id": "s", "tools": None}, RECORD | {"id": "\n"}]
 ENDS = [[SAID | {"content": "f(city='Oslo')"}], [MADE, SAID | {"content": "Done."}]]
 FAULTS += [RECORD | {"id": "t", "call": None, "messages": [*ASKED, *end]} for end in ENDS]
+FAULTS += [RECORD | {"id": "v", "messages": [*ASKED, {"role": "tool_call", "content": "f"}]}]
 for change in ({"call": "f"}, {"messages": [{"role": "x"}]}, {"tools": [{}]}, {"messages": None}):
     FAULTS += [RECORD | change | {"id": "u"}]
 
@@ -224,7 +226,7 @@ def test_the_command(tmp_path):
 
     code, out, told = run("\n".join([json.dumps(RECORD), *["{"] * 12]))
     assert (code, json.loads(out), len(told)) == (0, RECORD, 12), "a good record is written"
-    assert told[9].startswith("convert: standard input:11: "), told
+    assert told[9].startswith("convert: -:11: "), told
     assert "13 items, 1 left, 0 dropped, 12 faults" in told[10], told
     assert "1/1/1" in told[11] and "right one in 100.0 %" in told[11], told
     code, out, told = run("\n")
