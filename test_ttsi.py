@@ -904,16 +904,16 @@ def test_a_model_brings_its_weights_in_safetensors_and_no_code(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     torch.save(LLAMA.state_dict(), tmp_path / "pytorch_model.bin")
     refused(tmp_path, "safetensors")
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')\n")
+    own = {"model_type": "x", "auto_map": {"AutoConfig": "code.C"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    refused(tmp_path, "custom code")
     opened = SHOWN + "{% if add_generation_prompt %}<think>\n{% endif %}"
     templated(TOK, opened).save_pretrained(tmp_path)
     refused(tmp_path, "a thought")
     (tmp_path / "tokenizer.json").unlink()
     templated(transformers.ByT5Tokenizer(), SHOWN).save_pretrained(tmp_path)
     refused(tmp_path, "slow one")
-    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')\n")
-    own = {"model_type": "x", "auto_map": {"AutoConfig": "code.C"}}
-    (tmp_path / "config.json").write_text(json.dumps(own))
-    refused(tmp_path, "custom code")
     assert not (tmp_path / "hacked").exists(), "its code was run"
 
 
