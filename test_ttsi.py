@@ -5,7 +5,6 @@ import ast
 import contextlib
 import copy
 import functools
-import http.client
 import io
 import itertools
 import json
@@ -13,18 +12,17 @@ import math
 import multiprocessing
 import os
 import re
-import resource
 import runpy
 import signal
 import ssl
 import subprocess
 import sys
 import time
-import urllib.error
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
+from urllib.error import HTTPError, URLError
 
 import pytest
 import torch
@@ -68,7 +66,8 @@ F, CANCEL = pair("", "f")["call"], pair("", "cancel_flight", city="Rome")["call"
 ONE, TWO = pair("fetch x", "get_all", x="x"), pair("/a long one, 7", "get_all_users", y=7)
 BOOK = pair("/book Oslo", "book_flight", city="Oslo", days=3)
 A = ask("a", "/get them all", GET, F | {"name": "get"}, [ONE, TWO])  # names that begin one another
-B = ask("b", "cancel my flight to Rome, would you, please", FLIGHT, CANCEL, [BOOK])
+NINE = [*FLIGHT, *(tool(f"act_{i}") for i in range(7))]  # more than are scored at once
+B = ask("b", "cancel my flight to Rome, would you, please", NINE, CANCEL, [BOOK])
 C = ask("c", "hm", [tool("only")], F | {"name": "only"}, [])
 FIRST = ttsi.Config(max_new_tokens=12, drafts=1, k=1, temperature=1.0)
 ALWAYS = replace(FIRST, tau=2.0, k=2, check=False, epochs=2, pairs="supplied")
@@ -79,24 +78,22 @@ EARLIER = [CALLED, {"role": "tool", "tool_call_id": "c", "content": "pending"}]
 
 FREE = {"cost": 0, "run": 0}  # what differs from run to run
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 4, "max_position_embeddings": 2048}
-GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 8}
-KINDS = dict.fromkeys(["Llama", "Qwen3", "Gemma", "Granite", "Olmo2"], GROUPED)
-KINDS |= dict.fromkeys(["Mistral", "Gemma2", "Gemma3Text"], GROUPED | {"sliding_window": 16})
-KINDS |= {"Qwen2": SMALL | {"num_key_value_heads": 2}, "GPTNeoX": SMALL}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+SMALL |= {"max_position_embeddings": 2048, "mamba_d_ssm": 64, "mamba_n_heads": 4}
+KINDS = dict.fromkeys(["Llama", "Qwen2", "Qwen3", "Gemma", "Granite", "Olmo2", "GPTNeoX"], {})
+KINDS |= dict.fromkeys(["Mistral", "Gemma2", "Gemma3Text"], {"sliding_window": 16})
 ROPE = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 ROPE |= {"long_factor": [4.0] * 4, "short_factor": [1.0] * 4}
-FALCON = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
 REFUSED = [("longrope", "Llama", {"rope_parameters": {"rope_type": "longrope"} | ROPE})]
 REFUSED += [("dynamic", "Llama", {"rope_parameters": {"rope_type": "dynamic"} | ROPE})]
-REFUSED += [("embedding", "Llama", {"vocab_size": 1250}), ("cache", "FalconH1", FALCON)]
-REFUSED += [("cache", "Mamba", {}), ("cache", "Rwkv", {"attention_hidden_size": 32})]
+REFUSED += [("cache", kind, {}) for kind in ("FalconH1", "Mamba", "Rwkv")]
+REFUSED += [("embedding", "Llama", {"vocab_size": 1250})]
 LONG = [*KINDS] if SLOW else ["Llama", "Qwen2", "Gemma3Text"]
 TOKENIZERS = ["embedded", "bytes", "sentencepiece", *(REAL := ["qwen3", "llama3_1", "gemma3"])]
-CALLS = "{'arguments': c.function.arguments, 'name': c.function.name} | tojson"
-CALLS = "{% for c in m.tool_calls %}<call>{{ " + CALLS + " }}</call>{% endfor %}"
 SHOWN = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
-SHOWN += "{% if m.role == 'assistant' %}Answer:{% endif %}{{ m.content }}" + CALLS
+SHOWN += "{% if m.role == 'assistant' %}Answer:{% endif %}{{ m.content }}"
+SHOWN += "{% for c in m.tool_calls %}<call>{{ {'arguments': c.function.arguments,"
+SHOWN += " 'name': c.function.name} | tojson }}</call>{% endfor %}"
 SHOWN += "{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
 DAY = "{{ '' if enable_thinking is defined else '<think>' }}{{ date_string + strftime_now('%B') }}"
 
@@ -105,7 +102,7 @@ def small(tok, kind="Llama", **more):
     """A random model whose logits are far from flat, so that a wrong one shows."""
     torch.manual_seed(0)
     more = {"vocab_size": len(tok), "bos_token_id": None, "eos_token_id": tok.eos_token_id} | more
-    conf = getattr(transformers, f"{kind}Config")(**KINDS.get(kind, SMALL) | more)
+    conf = getattr(transformers, f"{kind}Config")(**SMALL | KINDS.get(kind, {}) | more)
     model = transformers.AutoModelForCausalLM.from_config(conf).eval().requires_grad_(False)
     for p in model.parameters():
         p.mul_(6 if p.dim() > 1 else 1)
@@ -151,14 +148,11 @@ def digest(model):
 MODEL, _ = ttsi.load(ttsi.Config.model, ttsi.Config())
 TOK, LLAMA = tokenizer("embedded"), small(tokenizer("embedded"))
 DEMO = [*ttsi.read_jsonl(HERE / "data/demo.jsonl", ttsi.to_sample).values()]
+# Its call has an optional value that nobody said; both likely tools have optional keys.
+GUESSED = ttsi.read_jsonl(HERE / "data/test.jsonl", ttsi.to_sample)["test-030"]
 
 
 # ------------------------------------------------------- oracles: no cache, no padding, no hooks
-def begin(model, tok, sample, cfg=FIRST):
-    x = ttsi.prepare(tok, sample, cfg)
-    return x, *(ttsi.Prefix(model, x.ids[:n]) for n in (0, x.head, -1))  # read: so much of x
-
-
 def prompt(tok, x, messages, call=None):
     """-> the text of a prompt, and of a call behind it, by the chat template alone."""
     how = {"tokenize": False, "enable_thinking": False, "add_generation_prompt": not call}
@@ -182,11 +176,11 @@ def naive_logp(model, ids, begin):
     return logp[range(len(ids) - begin), ids[begin:]].sum()
 
 
-def naive_p(model, tok, x, messages):
-    """softmax of log P of each name and what closes it, as a whole answer's tokens hold them."""
+def naive_h(model, tok, x, messages):
+    """log softmax of log P of each name and what closes it, as a whole answer holds them."""
     calls = [{"name": name, "arguments": {}} for name in x.schemas]
     spans = [joined(tok, x, messages, call, json.dumps(call["name"])) for call in calls]
-    return torch.stack([naive_logp(model, *s) for s in spans]).softmax(0).tolist()
+    return torch.stack([naive_logp(model, *s) for s in spans]).log_softmax(0).tolist()
 
 
 def naive_greedy(model, tok, ids, n):
@@ -212,8 +206,7 @@ def wrapped(model, lora, cfg, skip):
 
 
 def naive_train(model, tok, x, pairs, cfg):
-    """T by Polyak, each pair a forward pass of its own -> (loss before each step, the adapted
-    model)"""
+    """T by Polyak, each pair a forward pass of its own -> (losses, the adapted model)"""
     spans = [joined(tok, x, user(p["request"]), p["call"]) for p in pairs]
     shared = len(os.path.commonprefix([x.ids[: x.head], *(ids for ids, _ in spans)]))
     skip, losses = shared * (cfg.adapt == "suffix"), []
@@ -234,10 +227,9 @@ def naive_train(model, tok, x, pairs, cfg):
 def agrees(model, tok, sample, cfg):
     """Every stage of one sample against the oracles -> its result."""
     got, x = ttsi.tt_si(model, tok, sample, cfg), ttsi.prepare(tok, sample, cfg)
-    want, p = naive_p(model, tok, x, sample["messages"]), torch.tensor([*got.logp.values()])
-    assert p.softmax(0).tolist() == pytest.approx(want, abs=2e-3), "H is not that of whole calls"
-    adapt = naive_train if got.pairs else lambda *_: ([], model)
-    losses, adapted = adapt(model, tok, x, got.pairs, cfg)
+    want, logp = naive_h(model, tok, x, sample["messages"]), torch.tensor([*got.logp.values()])
+    assert logp.log_softmax(0).tolist() == pytest.approx(want, abs=1e-2), "H is not of whole calls"
+    losses, adapted = naive_train(model, tok, x, got.pairs, cfg) if got.pairs else ([], model)
     assert (got.loss or []) == pytest.approx(losses, rel=1e-3), "T is not that of a naive loop"
     assert got.answer == naive_greedy(adapted, tok, x.ids, cfg.max_new_tokens), "answers"
     assert got.direct == naive_greedy(model, tok, x.ids, cfg.max_new_tokens), "not the base's"
@@ -271,32 +263,23 @@ def test_odd_names_are_scored_whole_and_found_again(name, tmp_path):
         assert ttsi.parse(ttsi.call_text(tok, call)) == call, called
 
 
-# Guards: candidates that are scored otherwise in groups, or in the order of the file.
-def test_groups_and_the_order_in_the_file_change_nothing():
-    tools = [tool(f"act_{i}", x=STRING) for i in range(19)]
-    x, *_, prefix = begin(LLAMA, TOK, ask("m", "hm", tools))
-    p = torch.tensor([*ttsi.score(x, prefix).values()]).softmax(0).tolist()
-    assert p == pytest.approx(naive_p(LLAMA, TOK, x, user("hm")), abs=2e-3), "groups change it"
-    turned = ask("z", "hm", tools[::-1])
-    assert ttsi.prepare(TOK, turned, FIRST).ids == x.ids, "the file's order, or the id, matters"
+# Guards: a prompt that depends on the order in the file, or on the id.
+def test_the_order_in_the_file_changes_nothing():
+    turned = B | {"id": "z", "tools": B["tools"][::-1]}
+    one, two = (ttsi.prepare(TOK, sample, FIRST).ids for sample in (B, turned))
+    assert one == two, "the file's order, or the id, matters"
     kept = ttsi.prepare(TOK, turned, replace(FIRST, shuffle=False)).schemas
-    assert [*kept] == [t["name"] for t in tools[::-1]] != [*x.schemas], "--no-shuffle"
+    assert [*kept] == [t["name"] for t in turned["tools"]], "--no-shuffle"
 
 
 # Guards: a prompt that is rendered or tokenised once for each tool (300 tools: 122 s).
-def test_six_hundred_tools_are_prepared_in_linear_work(monkeypatch):
-    def counted(plain, tok, text, **how):
-        work[n].append(len(text) if isinstance(text, str) else 30_000)  # a dialogue is rendered
-        return plain(tok, text, **how)
-
-    kind, work = type(TOK), {300: [], 600: []}
-    for name in ("__call__", "apply_chat_template"):
-        count = functools.partialmethod(functools.partial(counted, getattr(kind, name)))
-        monkeypatch.setattr(kind, name, count)
-    monkeypatch.setattr(TOK, "model_max_length", 10**6)
-    for n in work:
-        ttsi.prepare(TOK, ask("m", "hm", [tool(f"act_{i}") for i in range(n)]), FIRST)
-    assert sum(work[600]) < 2.2 * sum(work[300]), "twice as many tools: more than twice the work"
+def test_six_hundred_tools_are_prepared_in_linear_work():
+    work = []
+    for n in (300, 600):
+        tok = Mock(wraps=TOK, chat_template=TOK.chat_template, model_max_length=10**6)
+        ttsi.prepare(tok, ask("m", "hm", [tool(f"act_{i}") for i in range(n)]), FIRST)
+        work.append(len(f"{tok.mock_calls}"))  # all that it was asked to render and to tokenise
+    assert work[1] < 2.2 * work[0], "twice as many tools: more than twice the work"
 
 
 # ------------------------------------------------------------------------------ G, in lockstep
@@ -346,20 +329,19 @@ ROWS += [(['{"call": {"name": "a\\"b", "arguments":', "}}"], (' {"k": "v"}',), "
 COPY, OSLO = "Cancel my FLIGHT to Rome would you please!", {"city": "Oslo"}
 MISSING, TYPE = "arguments missing or unknown", "wrong type or not in enum"
 COPIED, JUNK = "copy of the request", "no request and call, or too long"
-CHECKS = [("go", OSLO, "drop Oslo", "kept"), ("go", OSLO, "drop OSLO", "kept"), ("f", {}, 7, JUNK)]
+CHECKS = [("go", OSLO, text, "kept") for text in ("drop Oslo", "drop OSLO")]
 CHECKS += [("go", OSLO, text, COPIED) for text in (COPY, "!?", f"So: {COPY}", "oslo.")]
-CHECKS += [("hm", OSLO, "drop Oslo", "no call of a tool on offer"), ("pick", [1], "x", JUNK)]
-CHECKS += [("go", {}, "drop it", MISSING), ("go", OSLO | {"x": 1}, "drop Oslo", MISSING)]
+CHECKS += [("go", OSLO, "Oslo " * 2000, JUNK), ("f", {}, 7, JUNK)]
+CHECKS += [("hm", OSLO, "drop Oslo", "no call of a tool on offer"), ("go", {}, "drop it", MISSING)]
+CHECKS += [("go", OSLO | {"x": 1}, "Oslo 1", MISSING), ("no", OSLO, "to Oslo", MISSING)]
 CHECKS += [("pick", {"size": "S"}, "small", "kept"), ("pick", {"size": "XL"}, "XL", TYPE)]
-CHECKS += [("go", OSLO | {"days": "3"}, "Oslo 3", TYPE), ("pick", {"size": math.nan}, "x", JUNK)]
-CHECKS += [("go", {"city": c}, "drop Oslo", ttsi.UNSAID) for c in ("Lima", "")]
-CHECKS += [("go", OSLO, "Oslo " * 2000, JUNK)]
-CHECKS += [(7, {}, "drop it", JUNK), ("go", OSLO | {"days": 3}, "Oslo, 3.", "kept")]
+CHECKS += [("go", OSLO | {"days": value}, "Oslo 3 True", TYPE) for value in ("3", True)]
+CHECKS += [("go", {"city": city}, "drop Oslo", ttsi.UNSAID) for city in ("Lima", "")]
 CHECKS += [("go", OSLO | {"days": 3}, text, ttsi.UNSAID) for text in ("Oslo, 35", "Oslo, 3.5")]
-CHECKS += [("go", OSLO | {"days": True}, "to Oslo", TYPE), ("no", OSLO, "to Oslo", MISSING)]
+CHECKS += [("go", OSLO | {"days": 3}, "Oslo, 3.", "kept")]
 CHECKS += [("any", OSLO, "drop it", ttsi.UNSAID), ("any", OSLO | {"x": "y"}, "Oslo, y", "kept")]
-BROKEN = ["", "[]", '{"request": "x"}', '{"request": "x", "call": 7}', "{" * 5000, "[" * 99999]
-BROKEN += [json.dumps(ONE) + " {", json.dumps(pair("\ud800", "f")), json.dumps(ONE)[:-1]]
+BROKEN = ["", "[]", '{"request": "x"}', '{"request": "x", "call": 7}', json.dumps(ONE) + "{"]
+BROKEN += ["[" * 99999]
 
 
 # Guards: forced text that is not as given, or a value cut or doubled where a token reaches over.
@@ -391,6 +373,7 @@ def test_an_answer_with_a_flaw_is_uncertain_about_its_tool():
     cases = [(CANCEL, 0.99, {}, none), (CANCEL, 0.9, {}, ["cancel_flight"])]
     cases += [(book, 0.99, {}, ["book_flight"]), (None, 0.99, {}, ["cancel_flight"])]
     cases += [(book, 0.9, {"k": 2}, [*sure][::-1])]
+    cases += [(CANCEL, 0.95, {}, none), (book, 0.95, {"k": 2}, ["book_flight"])]  # at tau
     cases += [(book, 0.99, how, none) for how in ({"tau": 0.0}, {"check": False})]
     for call, margin, how, want in cases:
         x.call = call or {"name": "", "arguments": {}}
@@ -401,6 +384,8 @@ def test_an_answer_with_a_flaw_is_uncertain_about_its_tool():
 # Guards: keys that a schema does not have, optional keys always or never, wrong quotes.
 def test_outlines():
     rules, seen = {"a": STRING, "b": INTEGER, "c": {}}, set()
+    free = ['{"call": {"name": "f", "arguments":', '}, "request": "', "}"]
+    chosen = [free[0] + ' {"b":', ', "c":', "}" + free[1], free[2]]
     schema = {"type": "object", "properties": rules, "required": ["b"]}
     for i in range(40):
         *parts, end = ttsi.outline('q"', schema, "keys", ttsi.draw(i))
@@ -409,26 +394,13 @@ def test_outlines():
         want = {key: "x" if key == "a" else 1 for key in keys}
         assert json.loads(text) == pair("x", 'q"', **want) and keys <= rules.keys(), text
         seen.add("".join(keys))
+        assert ttsi.outline("f", schema, "keys", ttsi.draw(i), {"c"}) == chosen, "not by its call"
     assert seen == {"b", "ab", "bc", "abc"}, "optional keys are not drawn"
-    free = ['{"call": {"name": "f", "arguments":', '}, "request": "', "}"]
     odd = ttsi.EMPTY | {"additionalProperties": STRING}  # what a schema allows, not understood
     for rules, given in ((schema, "name"), (odd, "keys")):
         assert ttsi.outline("f", rules, given, ttsi.draw(0)) == free
     assert ttsi.outline("f", schema, "nothing", ttsi.draw(0)) == ["{", ""]
     assert len(ttsi.outline("f", ttsi.EMPTY, "keys", ttsi.draw(0))) == 2, "nothing to write"
-
-
-# Guards: a draft about the answered tool with keys that nobody asked for, or without one.
-def test_of_the_answered_tool_those_optional_keys_are_dictated_that_the_request_fills():
-    rules, cfg = {"city": STRING, "days": INTEGER, "who": STRING}, ttsi.Config(drafts=4)
-    tools = [tool("book_flight", **rules), tool("cancel_flight", **rules)]
-    for request, said in ("fly to Rome for Ada", ["city", "who"]), ("fly", ["city"]):
-        x, _, after_tools, _ = begin(MODEL, TOK, ask("b", request, tools), cfg)
-        x.call = {"name": "book_flight", "arguments": {"city": "Rome", "days": 3, "who": "Ada"}}
-        drafts = ttsi.generate(MODEL, TOK, x, after_tools, ["book_flight", "cancel_flight"], cfg)
-        keys = [[*json.loads(draft["text"])["call"]["arguments"]] for draft in drafts]
-        assert keys[:4] == [said] * 4, "not those that are said"
-        assert len({*map(str, keys[4:])}) > 1, "the other tool's are not drawn"
 
 
 # Guards: a check that passes what it should refuse (x with its label, too), or raises.
@@ -463,7 +435,7 @@ def test_each_likely_tool_has_its_pair_or_none_is_trained_on():
 
 # Guards: sampling from another distribution than the model's, an end token that does not end it.
 def test_a_token_is_drawn_from_the_models_distribution_and_any_end_token_ends(monkeypatch):
-    x, *_, prefix = begin(LLAMA, TOK, B)
+    x, prefix = ttsi.prepare(TOK, B, FIRST), ttsi.Prefix(LLAMA, [])
     logits, cfg = LLAMA(torch.tensor([x.ids])).logits[0, -1], replace(FIRST, max_new_tokens=1)
     for n, heat in itertools.product(range(9), (0.5, 2.0)):
         want = TOK.decode((logits / heat).softmax(-1).multinomial(1, generator=ttsi.draw(n)))
@@ -521,16 +493,8 @@ def test_polyaks_step_takes_the_fraction_lr_of_a_linear_loss():
         assert not steps(W, slope, optimizer=optimizer)[1].any(), f"a gradient of {slope} moves it"
 
 
-# Guards: a default rate that fits one scale of a model only, or lets T diverge.
-def test_the_default_rate_fits_inputs_ten_times_as_large_and_the_embedded_model():
-    large = copy.deepcopy(LLAMA)
-    for layer in large.get_decoder().modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.weight.data /= 10
-            layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 10, *inputs[1:]))
-    one, ten = (ttsi.tt_si(model, TOK, A, ALWAYS).loss for model in (LLAMA, large))
-    assert one[0] - one[1] > 0.1, "nothing is learned"
-    assert one == pytest.approx(ten, rel=1e-3), "the step depends on the inputs' size"
+# Guards: a default rate that lets T diverge.
+def test_no_loss_of_the_embedded_model_ends_above_where_it_began():
     n, cfg = 20 if SLOW else 2, replace(ALWAYS, epochs=5, lr=ttsi.Config.lr, max_new_tokens=1)
     for sample, one, two in zip(DEMO[:n], DEMO[1:], DEMO[2:], strict=False):
         pairs = [{"request": s["messages"][0]["content"], "call": s["call"]} for s in (one, two)]
@@ -539,8 +503,7 @@ def test_the_default_rate_fits_inputs_ten_times_as_large_and_the_embedded_model(
         assert len(loss) == 5 and loss[-1] < loss[0] and max(loss) < 1.05 * loss[0], loss
 
 
-# Guards: a stage that is not what reading anew gives: a cache continued at the wrong place, padding
-# that is scored, logits and labels shifted, tokens that merge (bytes).
+# Guards: a cache continued at the wrong place, padding scored, labels shifted, tokens that merge.
 @pytest.mark.parametrize("kind", [*LONG, "bytes"])
 def test_every_stage_on_every_architecture_equals_reading_everything_anew(kind):
     tok = tokenizer("bytes" if kind == "bytes" else "embedded")
@@ -557,28 +520,23 @@ def rows_of(model, tok, samples, cfg):
     return {s["id"]: ttsi.answer(model, tok, s, cfg, None) | FREE for s in samples}
 
 
-# Guards: anything in which Algorithm 1 at speed is not Algorithm 1, one sample adapted, one not: a
-# draft that sees its neighbours, also when these have ended, or is drawn by their draws; another
-# prompt for drafts than the one that the model was taught.
+# Guards: a draft that sees its neighbours or their draws, or has keys that nobody asked for.
 @pytest.mark.parametrize("given", ["keys", "name", "nothing"])
-@pytest.mark.parametrize("sample", DEMO[: 8 if SLOW else 2], ids=lambda sample: sample["id"])
+@pytest.mark.parametrize("sample", [GUESSED, *DEMO[1 : 8 if SLOW else 2]], ids=lambda s: s["id"])
 def test_a_naive_serial_loop_gives_the_same(sample, given):
     cfg = ttsi.Config(given=given, drafts=2, epochs=2, max_new_tokens=64, seed=3)
-    got, (x, nothing, *_) = agrees(MODEL, TOK, sample, cfg), begin(MODEL, TOK, sample, cfg)
-    p = dict(zip(x.schemas, naive_p(MODEL, TOK, x, sample["messages"]), strict=True))
-    first, second = sorted(p.values())[:-3:-1]
-    assert got.margin == pytest.approx(first - second, abs=1e-4), "another margin"
-    tools, call = sorted(p, key=p.get)[:-3:-1], ttsi.parse(got.direct)
+    got, x = agrees(MODEL, TOK, sample, cfg), ttsi.prepare(TOK, sample, cfg)
+    logp = dict(zip(x.schemas, naive_h(MODEL, TOK, x, sample["messages"]), strict=True))
+    tools, call = sorted(logp, key=logp.get)[:-3:-1], ttsi.parse(got.direct)
     if got.margin >= 0.95:
-        tools = [call["name"] if call["name"] in p else tools[0]] if got.flaw else []
+        tools = [call["name"] if call["name"] in logp else tools[0]] if got.flaw else []
     known = {key for key, value in call["arguments"].items() if f"{value}" in x.request}
-    asked = json.loads((HERE / "data/model/config.json").read_text())["draft"]
-    asked = prompt(TOK, x, user(asked.replace("{request}", x.request)))
+    asked = prompt(TOK, x, user(MODEL.config.draft.replace("{request}", x.request)))
     ids, drafts = TOK(asked).input_ids, []
     for name, n in itertools.product(tools, range(cfg.drafts)):
         rng, chosen = ttsi.draw(3, x.id, name, n), known if name == call["name"] else None
         row = ttsi.outline(name, x.schemas[name], given, rng, chosen)
-        (text,) = ttsi.write(TOK, ids, nothing, cfg, [row], [rng])
+        (text,) = ttsi.write(TOK, ids, ttsi.Prefix(MODEL, []), cfg, [row], [rng])
         drafts.append(ttsi.judge(text, x, cfg))
     pairs = ttsi.choose(drafts, tools, cfg)
     assert [*got.drafts] == drafts and [*got.pairs] == pairs, "other drafts or pairs"
@@ -587,29 +545,23 @@ def test_a_naive_serial_loop_gives_the_same(sample, given):
 
 # Guards: a label, or whatever else a sample holds, in any prompt or in any number.
 def test_the_label_is_in_no_prompt_and_changes_no_prediction():
-    cfg, layer = ttsi.Config(drafts=1, epochs=2), MODEL.get_input_embeddings()
-    leak, seen, found = {"name": "Zyxwv", "arguments": {"q": "Zyxwv"}}, [], []
-    spy = layer.register_forward_pre_hook(lambda _, ids: seen.extend(ids[0].flatten().tolist()))
+    cfg, leak, found = ttsi.Config(drafts=1, epochs=2), {"name": "Zyxwv", "arguments": {}}, []
     for label in ({"call": leak, "label": leak}, {}):
         samples = [{k: v for k, v in s.items() if k != "call"} | label for s in DEMO[:2]]
         found.append([asdict(ttsi.tt_si(MODEL, TOK, s, cfg)) | {"cost": 0} for s in samples])
-    spy.remove()
-    assert "Zyxwv" not in TOK.decode(seen) and DEMO[0]["messages"][0]["content"] in TOK.decode(seen)
     assert found[0] == found[1], "a label is read"
     assert [result["decision"] for result in found[0]] == ["adapted", "certain"]
 
 
 # Guards: base weights or a gradient mode that are not restored, something of a sample that stays.
 def test_nothing_is_left_of_a_run_or_of_an_exception_in_training():
-    model, count = small(TOK, attention_dropout=0.5), itertools.count()
+    model = small(TOK, attention_dropout=0.5)
     before, first = digest(model), rows_of(model, TOK, [A, B, C], ALWAYS)
     assert digest(model) == before, "not reset after a run"
-
-    def fail(*_):
-        if torch.is_grad_enabled() and next(count) == 1:  # in the second step
-            raise KeyboardInterrupt
-
-    handle = model.lm_head.register_forward_hook(fail)
+    decisions = [row["decision"] for row in first.values()]
+    assert decisions == ["adapted", "adapted", "no pair"], decisions
+    second = Mock(side_effect=[None, KeyboardInterrupt])  # in the second step
+    handle = model.lm_head.register_full_backward_hook(second)
     with pytest.raises(KeyboardInterrupt):
         ttsi.tt_si(model, TOK, A, ALWAYS)
     handle.remove()
@@ -617,23 +569,6 @@ def test_nothing_is_left_of_a_run_or_of_an_exception_in_training():
     for samples in ([A, B, C], [C, B, A], [B]):
         again = rows_of(model.train(), TOK, samples, ALWAYS)
         assert again.items() <= first.items(), "depends on what came before, or on the mode"
-
-
-# Guards: a gate that is open at tau, or for one tool; scores that are no numbers.
-def test_decisions():
-    def got(sample=A, **changes):
-        return ttsi.tt_si(LLAMA, TOK, sample, replace(ALWAYS, **changes))
-
-    margin = got().margin
-    for tau, want in ((margin, "certain"), (margin + 1e-9, "adapted"), (0.0, "certain")):
-        assert got(tau=tau).decision == want, f"margin {margin}, tau {tau}: below it is uncertain"
-    assert (got(C).margin, got(C).decision, got(C, tau=1.0).decision) == (1, "no pair", "certain")
-    nan = small(TOK)
-    nan.lm_head.weight[7] = math.nan
-    row = ttsi.answer(nan, TOK, A, ALWAYS, None)
-    assert row["decision"].startswith("not answered: ") and "no numbers" in row["decision"]
-    nan.lm_head.register_forward_hook(Mock(side_effect=torch.OutOfMemoryError))
-    assert ttsi.answer(nan, TOK, A, ALWAYS, None)["decision"] == "not answered: out of memory"
 
 
 # Guards: a teacher that reads the student's cache, or with the student's tokenizer.
@@ -648,16 +583,21 @@ def test_a_teacher_writes_what_it_would_write_for_itself():
     assert digest(MODEL) == before and taught.decision == own.decision == "adapted"
 
 
-# Guards: one sample that ends the run of all: too long, or refused by the template.
-@pytest.mark.parametrize("text,why", [("word " * 2000, "exceed"), ("no hm", "template")])
-def test_what_cannot_be_answered_is_named_and_its_neighbours_are_answered(text, why):
+# Guards: one sample that ends the run of all: too long, refused, no numbers, a full device.
+def test_what_cannot_be_answered_is_named_and_its_neighbours_are_answered():
     refuse = "{% if 'no hm' in messages | string %}{{ raise_exception('no') }}{% endif %}"
-    tok, bad = templated(TOK, refuse + TOK.chat_template), json.dumps(pair(text, "get_all", x="x"))
-    samples = [A | {"id": "no", "messages": user(text)}, A | {"pairs": [bad, *A["pairs"]]}]
-    no, a = rows_of(LLAMA, tok, samples, ALWAYS).values()
-    assert no["decision"].startswith("not answered") and why in no["decision"]
-    assert no["grades"] == {"direct": [False] * 2, "answer": [False] * 2}, "it counts as wrong"
-    assert [draft["verdict"] for draft in a["drafts"]] == [JUNK, "kept", "kept"] and a["answer"]
+    tok, nan = templated(TOK, refuse + TOK.chat_template), small(TOK)
+    for text, why in ("word " * 2000, "exceed"), ("no hm", "template"):
+        bad = json.dumps(pair(text, "get_all", x="x"))
+        samples = [A | {"id": "no", "messages": user(text)}, A | {"pairs": [bad, *A["pairs"]]}]
+        no, a = rows_of(LLAMA, tok, samples, ALWAYS).values()
+        assert no["decision"].startswith("not answered: ") and why in no["decision"]
+        assert no["grades"] == {"direct": [False] * 2, "answer": [False] * 2}, "it counts as wrong"
+        assert [draft["verdict"] for draft in a["drafts"]] == [JUNK, "kept", "kept"] and a["answer"]
+    nan.lm_head.weight[7] = math.nan
+    assert "no numbers" in ttsi.answer(nan, TOK, A, ALWAYS, None)["decision"]
+    nan.lm_head.register_forward_hook(Mock(side_effect=torch.OutOfMemoryError))
+    assert ttsi.answer(nan, TOK, A, ALWAYS, None)["decision"] == "not answered: out of memory"
 
 
 # -------------------------------------------------------------------- prompts, data, grades
@@ -686,7 +626,7 @@ def test_prompts_of_all_templates(name):
 
 
 # Guards: a label that stays in the prompt, prose behind it, history that is taken for the label.
-def test_records_in_openais_form():
+def test_records_in_openais_form(tmp_path):
     want, prose = ttsi.to_sample(record(call=CANCEL)), {"role": "assistant", "content": "Sure."}
     forms = [record(tools=[{"type": "function", "function": t} for t in FLIGHT], call=CANCEL)]
     forms += [record(CALLED), record(CALLED, prose), record(CALLED, call=CANCEL)]
@@ -698,19 +638,21 @@ def test_records_in_openais_form():
     assert ttsi.to_sample(record(prose)) | {"call": CANCEL} == want, "prose goes"
     bare = ttsi.to_sample(record(tools=[{"name": "f", "parameters": None}]))["tools"][0]
     assert bare == {"name": "f", "description": "", "parameters": ttsi.EMPTY}, "not completed"
+    (path := tmp_path / "x").write_text('{"id": ""}\n\n{}\n{"id": null}\n{"id": 0}\n{"id": "a"}')
+    ids = ttsi.read_jsonl(path, lambda row: row["id"])
+    assert ids == {i: i for i in "1340a"}, "neither its id nor, without one, its line's number"
 
 
-OTHER = [record({"role": "assistant", "function_call": STATUS["function"]}), record(tools=[])]
-OTHER += [record(CALLED | {"tool_calls": [STATUS, {"function": BOOK["call"]}]}), record(tools=7)]
-OTHER += [record(tools=[{"name": "f", k: {"x": STRING}}]) for k in ("parameters", "inputSchema")]
-OTHER += [record(tools=[tool("f", x={"enum": 5})]), record(tools=[tool("f", x=[])])]
-ODD_KEYS = [tool("f") | {"parameters": ttsi.EMPTY | {"required": k}} for k in (True, [["x"]])]
-OTHER += [record(tools=[t]) for t in (*ODD_KEYS, tool(None), tool(5))]
-OTHER += [record(tools=[*FLIGHT, FLIGHT[0]]), record(call=F), record(call="f"), record(id="good")]
+TOOLS = [tool("f", x={"enum": 5}), tool("f", x=[]), tool(5), FLIGHT[0]]
+TOOLS += [{"name": "f", key: {"x": STRING}} for key in ("parameters", "inputSchema")]
+TOOLS += [tool("f") | {"parameters": ttsi.EMPTY | {"required": k}} for k in (True, [["x"]])]
+OTHER = [record(tools=[]), *(record(tools=[*FLIGHT, bad]) for bad in TOOLS)]
+OTHER += [record(CALLED | {"tool_calls": [STATUS, {"function": BOOK["call"]}]}), record(call=F)]
 OTHER += [record(call=CANCEL | {"arguments": arguments}) for arguments in ("{", [1], "[1]")]
+OTHER += [record({"role": "assistant", "function_call": STATUS["function"]}), record(id="good")]
 OTHER += [record(*user([{"type": "text", "text": "q"}])), record({"role": "human", "content": "q"})]
 OTHER += [{"query": "q", "answers": []}, record(messages=[{"role": "system", "content": "q"}])]
-OTHER += [b"{", b"[]", b"[" * 99999, b'{"n": NaN}', b"\xff", record(x="\ud800"), b'"x"']
+OTHER += [b"{", b"[]", b"[" * 99999, b'{"n": NaN}', b"\xff", record(x="\ud800")]
 
 
 # Guards: a record that is half understood, or refused without its place and what would help.
@@ -730,10 +672,10 @@ PARSED = [f"Sure! {T} and {{", f"use {{x}} then {T}", f"{{}} {T}", f"<c>\n{T}\n<
 PARSED += [f"<think>g? {G} No, f.</think>{T}", f'{{"call": 1, "x": [{{}}]}} {T}', f"{T}{G}"]
 PARSED += [T.replace("arguments", "parameters"), T.replace('{"x": 1}', '"{\\"x\\": 1}"')]
 PARSED += [f'{{"name": 7}} {T}', f'{{"a": "b\\"{{"}} {T}', f'The 5" pipe {T}', f"{{x y {T}"]
-NONE = ["", "{", "{" * 3000, "[" * 99999, '{"a":' * 2000, '{"name": NaN}', '{"a": 1}', T[:-1]]
-NONE += [f"<think>{T}", f'{{"arguments": {T}', f'{{"name": "g", "arguments": {{"q": {T}', "[1]"]
-NONE += [f'{{"name": "f", "arguments": {{"x": {"1" * 5000}}}}}']
-NONE += ['{"name": "\\ud800"}', '{"name": 1e999}', '{"name": "f", "arguments": [1]}', "{}", "}"]
+NONE = ["", "{", "}", "{}", "{" * 3000, '{"a":' * 2000, '{"a": 1}', '{"name": 7}', T[:-1], "[1]"]
+NONE += [f"<think>{T}", f'{{"arguments": {T}', f'{{"name": "g", "arguments": {{"q": {T}']
+NONE += [T.replace("1", more) for more in ("NaN", '"\\ud800"', "1" * 5000)]
+NONE += [T.replace('{"x": 1}', "[1]")]
 GRADES = [("5", 5, 1), (12.0, 12, 1), (12, 12.5, 0), (True, 1, 0), ("a", "A", 0), (1e3, 1000, 1)]
 GRADES += [([1.0, {"k": 2}], [1, {"k": "2"}], 1), ("e\u0301", "é", 1), ([1, 2], [2, 1], 0)]
 
@@ -761,11 +703,8 @@ def test_grade():
 
 # ------------------------------------------------------------------------------------- running
 SHORT = ["--limit", "2", "--drafts", "1", "--epochs", "2", "--max-new-tokens", "56", "--output"]
-HEED = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-FILL = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (3000, 3000))
-BAD = [("--k", "0"), ("--optimizer", "x"), ("--nonsense", "1"), ("--tau", "x"), ("--lim", "1")]
-BAD += [("--optimizer", "adamw")]
-BAD += [(f"--{f}", "/no/such") for f in ("data", "model", "teacher", "device", "pairs", "trace")]
+BAD = ["--k 0", "--optimizer x", "--optimizer adamw", "--nonsense 1", "--tau x", "--lim 1"]
+BAD += [f"--{f} /no/such" for f in ("data", "model", "teacher", "device", "pairs", "trace")]
 
 
 def quiet(*argv):
@@ -777,8 +716,8 @@ def timeless(path):
     return {r["id"]: r | FREE for r in map(json.loads, path.read_text().splitlines())}
 
 
-def start(folder, *argv, env=(), first=int):
-    """A process that does as `python ttsi.py ARGV` does, once it has called `first`."""
+def start(folder, *argv, env=()):
+    """A process that does as `python ttsi.py ARGV` does, and heeds Ctrl-C."""
 
     def program():
         for name, fd in (("out", 1), ("err", 2)):
@@ -786,7 +725,7 @@ def start(folder, *argv, env=(), first=int):
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         torch.set_num_threads(1)  # before loading threads race for what torch lost by the fork
         sys.argv, _ = ["ttsi.py", *map(str, argv)], os.environ.update(env)
-        first()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         runpy.run_path(f"{HERE}/ttsi.py", run_name="__main__")
 
     folder.mkdir(exist_ok=True)
@@ -821,12 +760,10 @@ difference                       +50.0  [{low:+.1f}, {high:+.1f}]   2 repaired, 
 2 adapted, 1 certain, 1 not answered: long; of 6 drafts 4 kept, 2 wrong type
 an answer takes 4.3 x the seconds and 5.7 x the tokens of a direct one"""
     assert ttsi.table(rows) == want[1:], ttsi.table(rows)
-    bare = [{k: v for k, v in r.items() if k != "grades"} for r in rows]
-    assert ttsi.table(bare) == "\n".join(want.splitlines()[-2:]), "without labels"
 
 
 # Guards: rows that are lost, made twice, torn, or of other settings; a file that is touched then.
-def test_output_resumes_after_any_cut_and_refuses_other_settings(tmp_path):
+def test_output_resumes_after_any_cut_and_refuses_other_settings(tmp_path, capsys):
     path = tmp_path / "new" / "run.jsonl"
     rows, text = quiet(*SHORT, path)
     whole, raw = timeless(path), path.read_bytes()
@@ -834,7 +771,10 @@ def test_output_resumes_after_any_cut_and_refuses_other_settings(tmp_path):
     ends = [i + 1 for i, byte in enumerate(raw) if byte == 10]
     for cut, kept in ((ends[0] + 40, ends[0]), (ends[1], ends[1])):
         path.write_bytes(raw[:cut])
+        capsys.readouterr()
         _, again = quiet(*SHORT, path)
+        bar = "sample/s" in capsys.readouterr().err
+        assert bar == (kept < len(raw)), "a progress bar where nothing is left to do, or none"
         assert timeless(path) == whole, f"cut at {cut}: other rows than an uninterrupted run"
         assert path.read_bytes()[:kept] == raw[:kept], "whole rows are made again"
     assert again == text, "the table is not of all rows"
@@ -850,17 +790,15 @@ def test_killed_at_random_moments_a_run_goes_on(tmp_path):
     path, kills, began = tmp_path / "run.jsonl", 0, time.time()
     quiet(*SHORT, path)
     whole, seconds = timeless(path), time.time() - began
-    path.unlink()
     while kills < (50 if SLOW else 2):
+        path.unlink()
         child = start(tmp_path, *SHORT, path)
         child.join(seconds * (0.2 + 0.7 * torch.rand(()).item()))
         child.kill()
         child.join()
         kills += child.exitcode == -signal.SIGKILL
-        if child.exitcode == 0 or kills == (50 if SLOW else 2):
-            quiet(*SHORT, path)
-            assert timeless(path) == whole and len(whole) == 2, "not as without a kill"
-            path.unlink()
+        quiet(*SHORT, path)
+        assert timeless(path) == whole and len(whole) == 2, "not as without a kill"
 
 
 # Guards: rows of one process that another overwrites, a sample that both or none answers.
@@ -874,19 +812,17 @@ def test_two_processes_share_one_file(tmp_path):
     assert timeless(path) == timeless(one) and len(path.read_text().splitlines()) == 2
 
 
-# Guards: a traceback, a lost table or lost rows where a run is interrupted or the disk is full.
-@pytest.mark.parametrize("first,code", [(HEED, 130), (FILL, 2)])
-def test_what_ends_a_run_early_leaves_its_rows_and_the_table(tmp_path, first, code):
+# Guards: a traceback, a lost table or lost rows where a run is interrupted.
+def test_an_interrupted_run_leaves_its_rows_and_the_table(tmp_path):
     path = tmp_path / "run.jsonl"
-    child = start(tmp_path, *SHORT, path, "--limit", 99, first=first)
-    while code == 130 and not (path.exists() and path.read_bytes()):
+    child = start(tmp_path, *SHORT, path, "--limit", 99)
+    while not (path.exists() and path.read_bytes()):
         assert not child.join(0.05) and child.is_alive(), (tmp_path / "err").read_text()
-    os.kill(child.pid, signal.SIGINT if code == 130 else 0)
-    got, out, err = ended(child, tmp_path)
-    assert got == code and "Traceback" not in err and "right call" in out, err
-    told = "ttsi: stopped after " if code == 130 else "ttsi: [Errno 27] File too large"
-    assert err.splitlines()[-1].startswith(told), err
-    assert 0 < path.read_bytes().count(b"\n") < 100, "no rows"
+    os.kill(child.pid, signal.SIGINT)
+    code, out, err = ended(child, tmp_path)
+    assert code == 130 and "Traceback" not in err and "right call" in out, err
+    assert err.splitlines()[-1].startswith("ttsi: stopped after "), err
+    assert 0 < path.read_bytes().count(b"\n") < 99, "no rows"
 
 
 # Guards: a step of the algorithm that is not told, a run that is hopeless and does not say so.
@@ -919,26 +855,23 @@ def test_before_there_is_a_model(monkeypatch):
     with pytest.raises(ttsi.InputError, match="^nobody/none: no such folder here; of the hub: "):
         ttsi.load("nobody/none", ttsi.Config())
     assert time.time() - began < 10 and not ttsi.hub_answers(), "its client tried for a minute"
-    causes = [(OSError(101, "no route"), False), (http.client.RemoteDisconnected(), False)]
-    causes += [(ssl.SSLError(), True), (urllib.error.HTTPError("", 404, "", None, None), True)]
-    for cause, answers in causes:
-        monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=cause))
-        assert ttsi.hub_answers() == answers, cause
-    with pytest.raises(ttsi.InputError, match="^--device cuda:77: "):
-        ttsi.load(ttsi.Config.model, ttsi.Config(device="cuda:77"))
+    causes = [ConnectionResetError(), URLError(ssl.SSLError()), HTTPError(*[None] * 5)]
+    monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=causes))
+    assert [ttsi.hub_answers() for _ in causes] == [False, True, True], causes
 
 
 # Guards: flags that are not told, not checked, or not what they say.
 def test_flags(capsys, monkeypatch, tmp_path):
-    for argv in BAD:
+    for argv in map(str.split, BAD):
         with pytest.raises((ttsi.InputError, OSError)) as e:
             ttsi.main(argv)
         assert any(word.strip("-") in str(e.value) for word in argv), f"{argv}: {e.value}"
     (path := tmp_path / "pairs.jsonl").write_text('{"id": 1}')
     with pytest.raises(ttsi.InputError, match=f"^{path}:1: .*a line is {{id, pairs"):
         ttsi.main(["--pairs", str(path)])
-    code, _, err = ended(start(tmp_path, "--model", "/no/such"), tmp_path)
-    assert code == 2 and err.count("\n") == 1 and err.startswith("ttsi: /no/such: "), err
+    for flag, why in ("--model", "/no/such: "), ("--data", "[Errno 2] "):
+        code, _, err = ended(start(tmp_path, flag, "/no/such"), tmp_path)
+        assert code == 2 and err.count("\n") == 1 and err.startswith(f"ttsi: {why}"), err
     with pytest.raises(SystemExit):
         ttsi.main(["-h"])
     told = re.findall(r"--(?:no-)?([\w-]+)", capsys.readouterr().out)
@@ -950,34 +883,39 @@ def test_flags(capsys, monkeypatch, tmp_path):
     assert got == ttsi.Config(**paper) and (got.tau, got.epochs) == (0.95, 5), "not as stated"
 
 
+def refused(folder, why):
+    with pytest.raises(ttsi.InputError, match=f"^{folder}: .*{why}"):
+        ttsi.load(str(folder), ttsi.Config())
+
+
 # Guards: a model that loads and then fails at the first sample, or whose scores are wrong.
 @pytest.mark.parametrize("why,kind,more", REFUSED)
 def test_models_that_cannot_be_continued_are_refused_at_load(tmp_path, why, kind, more):
     small(TOK, kind, **more).save_pretrained(tmp_path)
     TOK.save_pretrained(tmp_path)
-    with pytest.raises(ttsi.InputError, match=f"^{tmp_path}: .*{why}"):
-        ttsi.load(str(tmp_path), ttsi.Config())
+    refused(tmp_path, why)
 
 
 # Guards: pickled weights, code of a model that runs, weights that are drawn at random.
 def test_a_model_brings_its_weights_in_safetensors_and_no_code(tmp_path):
-    pickled, coded, partly, slow, open_ = (tmp_path / name for name in "abcde")
-    by_byte = templated(transformers.ByT5Tokenizer(), SHOWN)
-    thinks = templated(TOK, SHOWN + "{% if add_generation_prompt %}<think>\n{% endif %}")
     weights = {k: v for k, v in LLAMA.state_dict().items() if k != "lm_head.weight"}
-    toks = {pickled: TOK, coded: TOK, partly: TOK, slow: by_byte, open_: thinks}
-    for folder, tok in toks.items():
-        LLAMA.save_pretrained(folder, **({"state_dict": weights} if folder == partly else {}))
-        tok.save_pretrained(folder)
-    (pickled / "model.safetensors").unlink()
-    torch.save(LLAMA.state_dict(), pickled / "pytorch_model.bin")
-    (coded / "code.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')\n")
+    LLAMA.save_pretrained(tmp_path, state_dict=weights)
+    TOK.save_pretrained(tmp_path)
+    refused(tmp_path, "lm_head")
+    # Each fault is found before those above it.
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(LLAMA.state_dict(), tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "safetensors")
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')\n")
     own = {"model_type": "x", "auto_map": {"AutoConfig": "code.C"}}
-    (coded / "config.json").write_text(json.dumps(own))
-    refused = [(pickled, "safetensors"), (coded, "custom code"), (partly, "lm_head")]
-    for folder, why in [*refused, (slow, "slow one"), (open_, "a thought")]:
-        with pytest.raises(ttsi.InputError, match=f"^{folder}: .*{why}"):
-            ttsi.load(str(folder), ttsi.Config())
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    refused(tmp_path, "custom code")
+    opened = SHOWN + "{% if add_generation_prompt %}<think>\n{% endif %}"
+    templated(TOK, opened).save_pretrained(tmp_path)
+    refused(tmp_path, "a thought")
+    (tmp_path / "tokenizer.json").unlink()
+    templated(transformers.ByT5Tokenizer(), SHOWN).save_pretrained(tmp_path)
+    refused(tmp_path, "slow one")
     assert not (tmp_path / "hacked").exists(), "its code was run"
 
 
