@@ -920,28 +920,29 @@ def run(cfg):
     """Reads, answers, grades, keeps -> {id: row}."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
     need(world == 1 or cfg.output, "each of WORLD_SIZE processes needs --output")
-    path = cfg.data or DATA / ("demo.jsonl" if is_embedded(cfg) else "everyday.jsonl")
+    embedded = Path(cfg.model).resolve() == (DATA / "model").resolve()
+    path = cfg.data or DATA / ("demo.jsonl" if embedded else "everyday.jsonl")
     samples = read_jsonl(path, to_sample)
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
     need(samples.keys() >= set(ids), f"--trace: {path} has no sample {cfg.trace}")
-    pairs = {}
     if cfg.pairs:
         advice = "a line is {id, pairs: [{request, call}, ...]}"
         pairs = read_jsonl(cfg.pairs, lambda row: [*map(dumps, row["pairs"])], advice)
         need(pairs.keys() & ids, f"{cfg.pairs} has pairs for none of these samples of {path}")
+        samples = {i: sample | {"pairs": pairs.get(i, [])} for i, sample in samples.items()}
 
     models = [load(name, cfg) for name in (cfg.model, cfg.teacher) if name]
     model, tok = models[0]
-    stamp = {"key": key_of(cfg, samples, pairs, models), "run": report(cfg, path, model)}
+    stamp = {"key": key_of(cfg, samples, models), "run": report(cfg, path, model, tok)}
     rows = whole_rows(Path(cfg.output), stamp["key"]) if cfg.output else {}
     if rank == 0:
-        print(stamp["run"])
-        describe(cfg, [samples[i] for i in ids], model, tok)
+        print(stamp["run"], end="\n\n")
+        if embedded and cfg.data:
+            print("The embedded model knows no world but its own: for others give a --model.\n")
     try:
         todo = [i for i in ids[rank::world] if i not in rows]
         for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank or not todo)):
-            sample = samples[i] | ({"pairs": pairs.get(i, [])} if pairs else {})
-            rows[i] = stamp | answer(model, tok, sample, cfg, models[-1])
+            rows[i] = stamp | answer(model, tok, samples[i], cfg, models[-1])
             if cfg.output:
                 # One write of one whole line: several processes can share a file.
                 with open(cfg.output, "ab", buffering=0) as file:
@@ -962,37 +963,24 @@ def run(cfg):
     return rows
 
 
-def report(cfg, path, model):
+def report(cfg, path, model, tok):
     """-> what a report must say of a run."""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     revision = getattr(model.config, "_commit_hash", None) or "local"
+    size = f"{model.num_parameters():,} parameters"
+    form = "the template's own" if call_form(tok, f"{tok.chat_template}") else "our"
+    facts = f"{revision}, {size}, {model.dtype}, {model.device}, {form} tool prompts"
     places = ("model", "data", "limit", "output", "trace")
     changed = {k: v for k, v in vars(cfg).items() if v != getattr(Config, k) and k not in places}
     flags = "".join(f", {name} {value}" for name, value in changed.items())
-    what = f"{cfg.model} ({revision}, {model.dtype}, {model.device}) on {path}{flags}"
+    what = f"{cfg.model} ({facts}) on {path}{flags}"
     return f"ttsi.py {VERSION}, {versions}, {time.strftime('%F')}: {what}"
 
 
-def describe(cfg, samples, model, tok):
-    """Prints what a run says first, of data and model."""
-    labelled = sum("call" in sample for sample in samples)
-    form = "the template's own" if call_form(tok, f"{tok.chat_template}") else "our"
-    size = f"{model.num_parameters():,} parameters"
-    print(f"{len(samples)} samples, {labelled} labelled; {size}; {form} tool prompts\n")
-    # In the embedded model's world each tool's name is two tokens.
-    names = [tool["name"] for sample in samples for tool in sample["tools"]]
-    if is_embedded(cfg) and any(len(tok.tokenize(name)) > 2 for name in names):
-        print("The embedded model knows no world but its own: give a --model.\n")
-
-
-def is_embedded(cfg):
-    return Path(cfg.model).resolve() == (DATA / "model").resolve()
-
-
-def key_of(cfg, samples, pairs, models):
+def key_of(cfg, samples, models):
     """-> what rows of one file share: settings as given, data, weights, template, this code."""
     places = ("limit", "output", "trace", "model", "teacher", "data", "pairs")
-    known = [Path(__file__).read_text("utf-8"), samples, pairs, vars(cfg) | dict.fromkeys(places)]
+    known = [Path(__file__).read_text("utf-8"), samples, vars(cfg) | dict.fromkeys(places)]
     for model, tok in models:
         weights = [torch.hash_tensor(p.cpu()).item() for p in model.parameters()]
         known.append([tok.chat_template, draft_prompt(model, ""), weights])

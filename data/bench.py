@@ -180,7 +180,7 @@ def main(argv=None):
         return grow(model, tok, cfg, samples)
     peft_model = wrapped(model, cfg) if importlib.util.find_spec("peft") else None
     where = f"{model.dtype}, {model.device}, threads: {torch.get_num_threads()}"
-    key = f"{Path(cfg.model).name}, {where}, {ttsi.key_of(cfg, every, {}, [(model, tok)])}"
+    key = f"{Path(cfg.model).name}, {where}, {ttsi.key_of(cfg, every, [(model, tok)])}"
     rows = ttsi.whole_rows(Path(cfg.output), key) if cfg.output else {}
     measure(model, tok, cfg, peft_model, samples[0], 1)  # to warm up
     for sample in ttsi.tqdm([sample for sample in samples if sample["id"] not in rows]):
