@@ -785,6 +785,8 @@ def to_tool(tool):
 # ---------------------------------------------------------------------- running
 def load(name, cfg):
     """-> (model, tokenizer), frozen; safetensors only, and no code that comes with it runs."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     found = torch.accelerator.current_accelerator(check_available=True)
     device = cfg.device
     if device == "auto":
@@ -917,7 +919,7 @@ def counted(words):
 
 
 def run(cfg):
-    """Reads, answers, grades, keeps -> {id: row}."""
+    """Reads, answers, grades, keeps -> {id: row}. Bad input: InputError, told to the user."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
     need(world == 1 or cfg.output, "each of WORLD_SIZE processes needs --output")
     embedded = Path(cfg.model).resolve() == (DATA / "model").resolve()
@@ -1007,7 +1009,7 @@ ABOUT = """python ttsi.py [flags]
 
 
 def parse_arguments(argv):
-    """The command line -> Config. A later flag overrules; --no-... cannot be undone."""
+    """-> Config, or an InputError. A later flag overrules; --no-... cannot be undone."""
     parser = argparse.ArgumentParser(usage=ABOUT, allow_abbrev=False)
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
     parser.add_argument("--version", action="version", version=f"ttsi.py {VERSION}")
@@ -1015,38 +1017,29 @@ def parse_arguments(argv):
     for item in dataclasses.fields(Config):
         if item.name in GROUPS:
             group = parser.add_argument_group(GROUPS[item.name])
-        flag, how = f"--{item.name}".replace("_", "-"), {"dest": item.name, "default": item.default}
-        how["help"] = item.metadata["help"]
+        flag, text = item.name.replace("_", "-"), item.metadata["help"]
         if item.type is bool:
-            how["action"], flag = "store_false", flag.replace("--", "--no-")
+            group.add_argument(f"--no-{flag}", dest=item.name, action="store_false", help=text)
         else:
-            how |= {"type": type(item.default), "choices": get_args(item.type) or None}
-            how["help"] += f"; default: {item.default}" * (item.type is not str)
-        group.add_argument(flag, **how)
+            how = {"type": type(item.default), "choices": get_args(item.type) or None}
+            text += f"; default: {item.default}" * (item.type is not str)
+            group.add_argument(f"--{flag}", default=item.default, help=text, **how)
     flags = []
     for flag in argv:
         flags += PAPER.split() if flag == "--paper" else [flag]
-    return Config(**vars(parser.parse_args(flags)))
-
-
-def main(argv):
-    """The command line -> {id: row}. Raises InputError, whose text is for the user."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    cfg = parse_arguments(argv)
+    cfg = Config(**vars(parser.parse_args(flags)))
     for name in ("k", "drafts", "epochs", "max_new_tokens", "lora_rank"):
         need(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be 1 or more")
     need(cfg.limit >= 0, "--limit must be 0 or more")
-    has_rate = cfg.optimizer == "polyak" or cfg.lr != Config.lr
-    need(has_rate, "--optimizer adamw wants an --lr, such as 1e-4")
-    return run(cfg)
+    need(cfg.optimizer == "polyak" or cfg.lr < 1, "--optimizer adamw wants an --lr: 1e-4")
+    return cfg
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, was)
     sys.stdout.reconfigure(errors="backslashreplace")  # what a console cannot show
     try:
-        main(sys.argv[1:])
+        run(parse_arguments(sys.argv[1:]))
     except KeyboardInterrupt as e:
         print("ttsi: stopped", f"{e}" or "before the first sample", file=sys.stderr)
         sys.exit(130)

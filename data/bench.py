@@ -168,7 +168,6 @@ def main(argv=None):
         with ttsi.advising("--kept", "give an --output of this bench"):
             print(table([*map(json.loads, Path(cfg.output).read_text().splitlines())]))
         return
-    transformers.logging.disable_progress_bar()
     data = "demo.jsonl" if cfg.model == ttsi.Config.model else "everyday.jsonl"
     every = ttsi.read_jsonl(cfg.data or ttsi.DATA / data, ttsi.to_sample)
     samples = [*every.values()][: cfg.limit or None]
