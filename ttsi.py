@@ -168,21 +168,16 @@ def margin(logp):  # FORK HERE: another uncertainty, low where it should adapt
     return first - sum(second)
 
 
-def certainty(u, found, cfg):
-    """-> u, but 0 where the direct answer has a flaw [ours]: below tau it is uncertain."""
-    return 0.0 if found and cfg.check else u
-
-
 def doubtful_tools(result, x, cfg):
-    """-> the tools to write pairs for: the K likeliest where u < tau; where only a flaw makes it
-    uncertain, that call's tool, about which there is no doubt [ours]; none where it is certain."""
+    """-> the tools to write pairs for, none where it is certain: the K likeliest where u < tau;
+    where only a flaw makes it uncertain [ours], that call's tool, about which there is no doubt."""
     likeliest = sorted(result.logp, key=result.logp.get, reverse=True)
-    if certainty(result.margin, result.flaw, cfg) >= cfg.tau:
-        return []
     if result.margin < cfg.tau:
         return likeliest[: cfg.k]
-    called = x.call["name"]
-    return [called if called in x.schemas else likeliest[0]]
+    if result.flaw and cfg.check and cfg.tau > 0:
+        called = x.call["name"]
+        return [called if called in x.schemas else likeliest[0]]
+    return []
 
 
 # ----------------------------------------------------------------- G: self-data
@@ -216,15 +211,11 @@ def generate(model, tok, x, after_tools, tools, cfg):
                 rng = draw(cfg.seed, x.id, tool, n)
                 outlines.append(outline(tool, x.schemas[tool], cfg.given, rng, chosen))
                 rngs.append(rng)
-        ids, _ = span(tok, x, draft_prompt(model, x.request))
+        prompt = getattr(model.config, "draft", DRAFT)
+        ids, _ = span(tok, x, prompt.replace("{request}", x.request))
         asking = Prefix(model, ids[:-1], after_tools)
         texts = write(tok, ids, asking, cfg, outlines, rngs)
     return [judge(text, x, cfg) for text in texts]
-
-
-def draft_prompt(model, request):
-    """-> what asks for a draft: DRAFT, or what the model was taught."""
-    return getattr(model.config, "draft", DRAFT).replace("{request}", request)
 
 
 def outline(name, schema, given, rng, chosen=None):
@@ -985,7 +976,7 @@ def key_of(cfg, samples, models):
     known = [Path(__file__).read_text("utf-8"), samples, vars(cfg) | dict.fromkeys(places)]
     for model, tok in models:
         weights = [torch.hash_tensor(p.cpu()).item() for p in model.parameters()]
-        known.append([tok.chat_template, draft_prompt(model, ""), weights])
+        known.append([tok.chat_template, getattr(model.config, "draft", DRAFT), weights])
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 
