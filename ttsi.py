@@ -718,8 +718,7 @@ def read_jsonl(path, convert, advice="other forms: python data/convert.py FILE >
         if line.strip():
             with advising(f"{path}:{number}", advice):
                 record = composed(json.loads(line))
-                i = record.get("id")
-                record["id"] = i = str(number if i in (None, "") else i)
+                record["id"] = i = str(record.get("id", number))
                 need(i not in found, f"id {i} twice")
                 found[i] = convert(record)
     need(found, f"{path}: it is empty; {advice}")
@@ -728,11 +727,9 @@ def read_jsonl(path, convert, advice="other forms: python data/convert.py FILE >
 
 def to_sample(record):
     """A record in OpenAI's form -> {id, messages, tools, call?}: call alone is the label."""
-    for key in ("messages", "tools"):
-        need(record.get(key), f"no {key}")
     tools = [to_tool(tool.get("function", tool)) for tool in record["tools"]]
     names = [tool["name"] for tool in tools]
-    need(len(set(names)) == len(names), f"a tool twice: {names}")
+    need(names and len(set(names)) == len(names), f"no tools, or one twice: {names}")
     messages = []
     for message in record["messages"]:
         message = {key: value for key, value in message.items() if value is not None}
@@ -760,15 +757,14 @@ def to_tool(tool):
     """-> {name, description, parameters}, completed: some templates want all three."""
     given = tool.get("parameters") or EMPTY
     schema = EMPTY | {key: value for key, value in given.items() if value is not None}
-    # Refused: MCP's and Anthropic's names for it, and a map of properties, as xLAM's.
+    # Refused: a map of properties, as xLAM's, and MCP's and Anthropic's names for a schema.
     is_schema = "properties" in given or given.get("type") == "object"
-    is_other = "inputSchema" in tool or "input_schema" in tool
-    is_schema = is_schema and not is_other and isinstance(schema["required"], list)
-    is_schema = is_schema and all(isinstance(key, str) for key in schema["required"])
-    for rule in schema["properties"].values():
-        is_schema = is_schema and isinstance(rule.get("enum") or [], list)
-    need(isinstance(tool["name"], str), f"a name that is no text: {tool['name']}")
+    is_schema = is_schema and not {"inputSchema", "input_schema"} & tool.keys()
+    enums = [rule.get("enum") or [] for rule in schema["properties"].values()]
+    is_schema = is_schema and all(isinstance(part, list) for part in [schema["required"], *enums])
     need(is_schema, f'"parameters" of {tool["name"]} must be a JSON schema')
+    for name in [tool["name"], *schema["required"]]:
+        need(isinstance(name, str), f"a name that is no text: {name}")
     about = tool.get("description") or ""
     return {"name": tool["name"], "description": about, "parameters": schema}
 
@@ -858,8 +854,7 @@ def whole_rows(path, key):
     path.touch()
     *lines, torn = path.read_bytes().split(b"\n")
     begin = f'{{"key": "{key}"'.encode()
-    ours = all(line.startswith(begin) for line in lines)
-    ours = ours and begin.startswith(torn[: len(begin)])
+    ours = all(begin.startswith(line[: len(begin)]) for line in [*lines, torn])
     need(ours, f"{path} has rows of other settings, data, model or code: take another --output")
     if torn:
         time.sleep(1)  # another process may be writing it
@@ -883,18 +878,16 @@ def table(rows):
     grades = [list(row["grades"].values()) for row in rows if "grades" in row]
     if grades:
         points = 100.0 * torch.tensor(grades)  # (n, direct and TT-SI, tool and call)
-        gain = points[:, 1, 1] - points[:, 0, 1]
-        low, high = interval(gain.tolist())
         lines.append(f"{'':12}{'right tool':>13}{'right call':>13}")
         for name, (tool, call) in zip(("direct", "TT-SI"), points.mean(0).tolist(), strict=True):
             lines.append(f"{name:12}{tool:11.1f} %{call:11.1f} %")
+        gain = points[:, 1, 1] - points[:, 0, 1]
+        low, high = interval(gain.tolist())
         changed = f"{(gain > 0).sum()} repaired, {(gain < 0).sum()} broken"
-        spread = f"[{low:+.1f}, {high:+.1f}]"
-        lines.append(f"{'difference':12}{gain.mean():+26.1f}  {spread}   {changed}")
-    lines.append(counted(row["decision"] for row in rows))
+        lines.append(f"difference{gain.mean():+28.1f}  [{low:+.1f}, {high:+.1f}]   {changed}")
     verdicts = [draft["verdict"] for row in rows for draft in row["drafts"]]
-    if verdicts:
-        lines[-1] += f"; of {len(verdicts)} drafts {counted(verdicts)}"
+    of_drafts = f"; of {len(verdicts)} drafts {counted(verdicts)}" if verdicts else ""
+    lines.append(counted(row["decision"] for row in rows) + of_drafts)
     costs = [row["cost"] for row in rows if row["cost"]]
     if costs:
         spent = [part for cost in costs for part in cost.values()]
@@ -982,11 +975,11 @@ def key_of(cfg, samples, models):
 
 def tell(row, sample, tok, cfg):
     """Prints what Algorithm 1 did with a sample, step by step."""
-    steps = row | {"prompt": "", "label": sample.get("call")}
-    with suppress(InputError):
-        steps["prompt"] = tok.decode(prepare(tok, sample, cfg).ids)
-    captions = {item.name: item.metadata["help"] for item in dataclasses.fields(Result)[1:]}
-    captions = {"prompt": "what Algorithm 1 sees"} | captions | {"label": "which no step saw"}
+    captions = {"prompt": "what Algorithm 1 sees"}
+    captions |= {item.name: item.metadata["help"] for item in dataclasses.fields(Result)[1:]}
+    captions["label"] = "which no step saw"
+    prompt = tok.decode(prepare(tok, sample, cfg).ids)
+    steps = row | {"prompt": prompt, "label": sample.get("call")}
     for name, caption in captions.items():
         lines = steps[name] if isinstance(steps[name], list) else [steps[name]]
         print(f"\n-- {name:10}{caption}", *lines, sep="\n   ")

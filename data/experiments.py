@@ -29,7 +29,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -698,8 +697,6 @@ def parse_arguments(argv):
 
 def main(argv, results=RESULTS):
     """The command line. With --kept alone tables go into results/README.md, and figures beside."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     args = parse_arguments(argv)
     for group in [args.group] if args.group else GROUPS:
         for model, files in files_of(group, args).items():
