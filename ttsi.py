@@ -198,8 +198,7 @@ MORE = ("additionalProperties", "anyOf", "oneOf", "allOf", "$ref")  # may add ar
 
 
 def generate(model, tok, x, after_tools, tools, cfg):
-    """G. -> drafts {text, verdict, pair or None} for these tools, all written in one batch;
-    or those that were supplied (--pairs), judged alike."""
+    """G. -> drafts {text, verdict, pair or None}, all written in one batch, or else supplied."""
     texts = x.supplied
     if texts is None:
         outlines, rngs = [], []
@@ -249,18 +248,16 @@ def judge(text, x, cfg):
         value = composed(DECODER.decode(text))
         pair = {"request": value["request"].strip(), "call": to_call(value["call"])}
         span(x.tok, x, pair["request"], pair["call"])  # does it fit the context?
-        found = flaw(pair["call"], pair["request"], x) if cfg.check else ""
+        verdict = (cfg.check and flaw(pair["call"], pair["request"], x)) or "kept"
         # Refused even unchecked: --pairs might hold x with its label.
         if any(copies(pair["request"], turn) for turn in x.turns):
-            found = "copy of the request"
-        verdict = found or "kept"
+            verdict = "copy of the request"
     return {"text": text, "verdict": verdict, "pair": pair}
 
 
 def copies(request, turn):
     """Is a request a turn of x, does it hold one of three words or more, or has it none?"""
-    texts = request.casefold(), turn.casefold()
-    new, old = (" ".join(re.findall(r"\w+", text)) for text in texts)
+    new, old = (" ".join(re.findall(r"\w+", text.casefold())) for text in (request, turn))
     return new in ("", old) or (old.count(" ") > 1 and f" {old} " in f" {new} ")
 
 
@@ -338,8 +335,7 @@ def temporary_lora(model, cfg, rng):
 
 
 def train(spans, frozen, lora, cfg):
-    """T. Steps on the LoRA, in place -> the loss before each, in nats per token of a call. It
-    ends early where the gradient is zero, or no number."""
+    """T. Steps on the LoRA, in place -> the loss before each, in nats per token of a call."""
     adamw = cfg.optimizer == "adamw"
     optimizer = torch.optim.AdamW(lora, weight_decay=0.0) if adamw else torch.optim.SGD(lora)
     lengths = torch.tensor([len(ids) - begin for ids, begin in spans])  # (K,)
@@ -350,7 +346,7 @@ def train(spans, frozen, lora, cfg):
         loss.backward()
         losses.append(loss.item())
         norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None]).item()
-        if not 0 < norm < math.inf:
+        if not 0 < norm < math.inf:  # or no number
             break
         lr = cfg.lr * (1 + math.cos(math.pi * epoch / cfg.epochs)) / 2
         if not adamw:  # FORK HERE: another update rule
@@ -389,7 +385,6 @@ class Prefix:
         ids = new.to(self.model.device)
         # Positions, no count: behind a view the output layer would copy its weight for each row.
         last = torch.arange(new.shape[1])[-keep:]
-        # `cache` is what was `past_key_values` before transformers 5.24.
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=last).logits
 
 
@@ -567,8 +562,7 @@ def encode(tok, tools, messages, call=None):
     # Ids are joined, not texts: no token spans prompt and call.
     ids = tok(prompt, add_special_tokens=False).input_ids
     more = continuation(tok, call_text(tok, call)) if call else []
-    n = len(ids + more)
-    need(n <= tok.model_max_length, "its tokens and an answer exceed the context")
+    need(len(ids + more) <= tok.model_max_length, "its tokens and an answer exceed the context")
     return ids + more, len(ids)
 
 
@@ -656,8 +650,7 @@ def advising(place, advice):
 
 
 def composed(value):
-    """A JSON value with its letters composed (NFC), as some tokenizers do; ValueError: it is
-    not JSON, such as NaN or half a character."""
+    """A JSON value, its letters composed (NFC). ValueError: it is none: NaN, half a character."""
     text = unicodedata.normalize("NFC", dumps(value))
     text.encode()
     return json.loads(text)
@@ -950,17 +943,15 @@ def run(cfg):
 
 
 def report(cfg, path, model, tok):
-    """-> what a report must say of a run."""
+    """-> what a report must say of a run: versions, date, model, settings but the default ones."""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     revision = getattr(model.config, "_commit_hash", None) or "local"
-    size = f"{model.num_parameters():,} parameters"
     form = "the template's own" if call_form(tok, f"{tok.chat_template}") else "our"
-    facts = f"{revision}, {size}, {model.dtype}, {model.device}, {form} tool prompts"
-    places = ("model", "data", "limit", "output", "trace")
-    changed = {k: v for k, v in vars(cfg).items() if v != getattr(Config, k) and k not in places}
-    flags = "".join(f", {name} {value}" for name, value in changed.items())
-    what = f"{cfg.model} ({facts}) on {path}{flags}"
-    return f"ttsi.py {VERSION}, {versions}, {time.strftime('%F')}: {what}"
+    facts = f"{revision}, {model.num_parameters():,} parameters, {model.dtype}, {model.device}"
+    what = f"{cfg.model} ({facts}, {form} tool prompts)"
+    settings = vars(cfg) | {"data": path}
+    changed = [f", {k} {v}" for k, v in settings.items() if v != getattr(Config, k)]
+    return f"ttsi.py {VERSION}, {versions}, {time.strftime('%F')}: {what}{''.join(changed)}"
 
 
 def key_of(cfg, samples, models):
