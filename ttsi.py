@@ -169,8 +169,8 @@ def margin(logp):  # FORK HERE: another uncertainty, low where it should adapt
 
 
 def doubtful_tools(result, x, cfg):
-    """-> the tools to write pairs for, none where it is certain: the K likeliest where u < tau;
-    where only a flaw makes it uncertain [ours], that call's tool, about which there is no doubt."""
+    """-> the tools to write pairs for: the K likeliest where u < tau; where a flaw alone makes
+    it uncertain [ours], that call's tool; none where it is certain."""
     likeliest = sorted(result.logp, key=result.logp.get, reverse=True)
     if result.margin < cfg.tau:
         return likeliest[: cfg.k]
@@ -198,7 +198,7 @@ MORE = ("additionalProperties", "anyOf", "oneOf", "allOf", "$ref")  # may add ar
 
 
 def generate(model, tok, x, after_tools, tools, cfg):
-    """G. -> drafts {text, verdict, pair or None}, all written in one batch, or else supplied."""
+    """G. -> drafts {text, verdict, pair or None}, written in one batch, or supplied."""
     texts = x.supplied
     if texts is None:
         outlines, rngs = [], []
@@ -288,7 +288,7 @@ def lists_all(schema):
 
 
 def said(value, request):
-    """Does a request hold a value? Texts anywhere, numbers not within others; the rest always."""
+    """Does a request hold a value? Texts anywhere, numbers as a whole; others always."""
     if value in ("", [], {}):
         return False
     if type(value) in (int, float):
@@ -335,7 +335,7 @@ def temporary_lora(model, cfg, rng):
 
 
 def train(spans, frozen, lora, cfg):
-    """T. Steps on the LoRA, in place -> the loss before each, in nats per token of a call."""
+    """T. Steps on the LoRA, in place -> the loss before each, nats per token of a call."""
     adamw = cfg.optimizer == "adamw"
     optimizer = torch.optim.AdamW(lora, weight_decay=0.0) if adamw else torch.optim.SGD(lora)
     lengths = torch.tensor([len(ids) - begin for ids, begin in spans])  # (K,)
@@ -383,14 +383,14 @@ class Prefix:
         """Reads new (R, T) behind a cache, in place -> (R, keep, V) the last logits."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        # Positions, no count: behind a view the output layer would copy its weight for each row.
+        # Positions, not their number, for which the output layer copies its weight R times.
         last = torch.arange(new.shape[1])[-keep:]
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=last).logits
 
 
 @contextmanager
 def measured(model, cost, stage):
-    """Adds seconds and tokens read to a stage, padding too; a backward pass counts again."""
+    """Adds seconds and tokens read, padding too, to a stage; backward passes count again."""
     spent = cost.setdefault(stage, [0.0, 0])
     start, before = time.perf_counter(), Prefix.tokens
     yield
@@ -401,8 +401,8 @@ def measured(model, cost, stage):
 
 
 def logprob(spans, prefix):
-    """-> (R,) nats: of R spans (ids, begin), log P of ids[begin:] behind ids[:begin]. All of
-    them begin with the prefix, which ends before any `begin`.
+    """-> (R,) nats: of R spans (ids, begin), log P of ids[begin:] behind ids[:begin].
+    All of them begin with the prefix, which ends before any `begin`.
 
     tokens   t0    t1    t2    t3      the logits at one position
     logits   '---> '---> '---> '       predict the token at the next
@@ -424,7 +424,7 @@ def logprob(spans, prefix):
 @torch.no_grad()
 def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     """-> a text behind ids for each of R outlines, in one batch, token by token: drawn by its
-    generator on the CPU, or greedy. By default one answer, to its call's end or max_new_tokens."""
+    generator on the CPU, or greedy. By default one answer, up to the end of its call."""
     # Nothing else of generation_config is used: no penalties.
     ends = prefix.model.generation_config.eos_token_id
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -461,8 +461,8 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     return [tok.decode(row.ids) if row.parts else row.text for row in rows]
 
 
-# Values that may come behind a part, by its last character. A token may hold the part's end and
-# the value's begin: only those tokens are forced that are the same for all of these values.
+# Values that may come behind a part, by its last character. A token may hold the end of one
+# and the begin of the other: only tokens that are the same for all values are forced.
 BEHIND = {
     "{": ('"call": {"name": "a', '"request": "a'),
     ":": (' "a', " 1", ' {"a', " [1", " t"),
@@ -471,7 +471,7 @@ BEHIND = {
 
 
 def force(tok, row):
-    """Queues a row's text, but for what the value behind it may change: the model writes that."""
+    """Queues a row's text, but for the tokens that the value behind it may change."""
     rest = row.text[len(tok.decode(row.ids)) :]
     spelled = [continuation(tok, rest + value) for value in BEHIND[row.text[-1]]]
     row.queue = os.path.commonprefix(spelled)
@@ -479,7 +479,7 @@ def force(tok, row):
 
 
 def take(tok, row):
-    """Adds the queued token to a row -> is the row over? Behind a value its next part is forced."""
+    """Adds the queued token -> is the row over? Behind a value its next part is forced."""
     written = tok.decode(row.ids + row.queue)
     if not row.parts:  # an answer
         row.ids = row.ids + row.queue
@@ -489,7 +489,7 @@ def take(tok, row):
     agrees = written[: len(row.text)] == row.text[: len(written)]
     end = json_end(written[begin:]) if agrees else -1
     if end > 0:
-        # The token is not added, as it may hold more than the value's end: `force` spells that.
+        # The token is not added: it may hold more than the end, which `force` spells.
         row.text = written[: begin + end] + row.parts.pop(0)
         if row.parts:
             force(tok, row)
@@ -515,9 +515,9 @@ def draw(*key):
 
 
 def prepare(tok, sample, cfg):
-    """-> x: all that Algorithm 1 sees of a sample, which is everything but its label: the dialogue
-    (system, request, turns), tools and schemas, ids of the prompt, of which the first `head` come
-    before any request, and candidates, as spans. `tt_si` adds the direct call."""
+    """-> x: all that Algorithm 1 sees of a sample, without its label: the dialogue (system,
+    request, turns), tools and schemas, ids of the prompt, of which the first `head` come before
+    any request, and candidates, as spans. `tt_si` adds the direct call."""
     tools, messages = sample["tools"], sample["messages"]
     if cfg.shuffle:
         # By seed and names alone: neither the file's order nor the label shows.
@@ -527,14 +527,14 @@ def prepare(tok, sample, cfg):
     x = SimpleNamespace(id=sample["id"], tok=tok, tools=tools)
     x.supplied = sample.get("pairs")  # drafts that were written elsewhere
     x.schemas = {tool["name"]: tool["parameters"] for tool in tools}
-    x.system = [m for m in messages if m["role"] == "system"]  # stands before a pair, too
+    x.system = [m for m in messages if m["role"] == "system"]  # before a pair, too
     x.request = transcript([m for m in messages if m["role"] != "system"])
     x.turns = [m["content"] for m in messages if m["role"] == "user"]
     x.ids, _ = encode(tok, tools, messages)
-    # Two prompts are the same to the tools' end, if tools come first, but for a merging token.
+    # Two prompts are the same up to the end of the tools, but for a token that merges.
     other, _ = span(tok, x, "-")
     x.head = max(len(os.path.commonprefix([x.ids, other])) - 1, 0)
-    # A candidate ends with the token that closes its name, or `book` always beats `book_room`.
+    # A candidate ends with what closes its name, or `book` always beats `book_room`.
     calls = []  # N
     opening = call_text(tok, CALL | {"arguments": {}}).index(dumps(CALL["name"]))
     for name in x.schemas:
@@ -547,13 +547,13 @@ def prepare(tok, sample, cfg):
 
 
 def span(tok, x, request, call=None):
-    """-> (ids, begin): a prompt of a request about the tools of x, and behind it a call."""
+    """-> (ids, begin): a prompt of a request about the tools of x, and a call behind it."""
     return encode(tok, x.tools, [*x.system, {"role": "user", "content": request}], call)
 
 
 def encode(tok, tools, messages, call=None):
-    """-> (ids, begin): a prompt by the model's chat template, and from begin on a call. Tools
-    are in the template's own form (native), or text in one user turn. InputError: too long."""
+    """-> (ids, begin): a prompt by the chat template, and from begin on a call. Tools are in
+    the template's own form (native), or text in one user turn. InputError: too long."""
     if call_form(tok, f"{tok.chat_template}"):
         prompt = render(tok, messages, tools)
     else:
@@ -580,7 +580,7 @@ def render(tok, messages, tools=None, answered=False):
 
 @functools.cache
 def call_form(tok, template):
-    """-> what continues a prompt with CALL by the chat template, by which this is cached; None,
+    """-> what continues a prompt with CALL by the chat template, by which it is cached; None,
     not native: it shows no tools, or a call that cannot be parsed."""
     user = {"role": "user", "content": "?"}
     calls = [{"id": ID, "type": "function", "function": CALL}]
@@ -604,8 +604,8 @@ def call_text(tok, call):
 
 
 def continuation(tok, text, most=math.inf):
-    """-> ids of a text that stands behind another, with which none of them merges; those that
-    begin in its first `most` characters."""
+    """-> ids of a text that stands behind another, with which none of them merges; those
+    that begin in its first `most` characters."""
     # A stand-in of one character takes the blank that some tokenizers put first.
     stand_in = "a" if text[:1].isdigit() else "0"
     out = tok(stand_in + text, add_special_tokens=False, return_offsets_mapping=True)
@@ -614,7 +614,7 @@ def continuation(tok, text, most=math.inf):
 
 
 def transcript(messages):
-    """The request; a dialogue becomes "role: text" lines, with earlier calls and results."""
+    """The request; a dialogue as "role: text" lines, with earlier calls and results."""
     if len(messages) == 1:
         return messages[0]["content"]
     lines = []
@@ -641,7 +641,7 @@ def need(ok, text):
 
 @contextmanager
 def advising(place, advice):
-    """Whatever goes wrong in libraries becomes an InputError: where, what, what would be right."""
+    """What goes wrong in libraries becomes an InputError: where, what, what would be right."""
     try:
         yield
     except Exception as e:
@@ -650,7 +650,7 @@ def advising(place, advice):
 
 
 def composed(value):
-    """A JSON value, its letters composed (NFC). ValueError: it is none: NaN, half a character."""
+    """A JSON value, letters composed (NFC). ValueError: none, as NaN, half a character."""
     text = unicodedata.normalize("NFC", dumps(value))
     text.encode()
     return json.loads(text)
@@ -697,8 +697,8 @@ def to_call(value):
 
 
 def grade(text, gold):
-    """-> [right tool?, right call?] of an answer. Numbers are compared by their text [ours]: "5"
-    is 5, and 12.0 is 12."""
+    """-> [right tool?, right call?] of an answer. Numbers are compared by their text
+    [ours]: "5" is 5, and 12.0 is 12."""
     how = {"parse_int": str, "parse_float": lambda number: number.removesuffix(".0")}
     call, gold = (json.loads(dumps(value), **how) for value in (parse(text), gold))
     return [bool(call) and call["name"] == gold["name"], call == gold]
@@ -719,7 +719,7 @@ def read_jsonl(path, convert, advice="other forms: python data/convert.py FILE >
 
 
 def to_sample(record):
-    """A record in OpenAI's form -> {id, messages, tools, call?}: call alone is the label."""
+    """A record in OpenAI's form -> {id, messages, tools, call?}; the label is call alone."""
     tools = [to_tool(tool.get("function", tool)) for tool in record["tools"]]
     names = [tool["name"] for tool in tools]
     need(names and len(set(names)) == len(names), f"no tools, or one twice: {names}")
@@ -750,11 +750,12 @@ def to_tool(tool):
     """-> {name, description, parameters}, completed: some templates want all three."""
     given = tool.get("parameters") or EMPTY
     schema = EMPTY | {key: value for key, value in given.items() if value is not None}
-    # Refused: a map of properties, as xLAM's, and MCP's and Anthropic's names for a schema.
+    # Refused: xLAM's map of properties; MCP's and Anthropic's names for a schema.
     is_schema = "properties" in given or given.get("type") == "object"
     is_schema = is_schema and not {"inputSchema", "input_schema"} & tool.keys()
-    enums = [rule.get("enum") or [] for rule in schema["properties"].values()]
-    is_schema = is_schema and all(isinstance(part, list) for part in [schema["required"], *enums])
+    lists = [rule.get("enum") or [] for rule in schema["properties"].values()]
+    lists.append(schema["required"])
+    is_schema = is_schema and all(isinstance(part, list) for part in lists)
     need(is_schema, f'"parameters" of {tool["name"]} must be a JSON schema')
     for name in [tool["name"], *schema["required"]]:
         need(isinstance(name, str), f"a name that is no text: {name}")
@@ -764,7 +765,7 @@ def to_tool(tool):
 
 # ---------------------------------------------------------------------- running
 def load(name, cfg):
-    """-> (model, tokenizer), frozen; safetensors only, and no code that comes with it runs."""
+    """-> (model, tokenizer), frozen; safetensors only, and none of its own code runs."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -871,9 +872,10 @@ def table(rows):
     grades = [list(row["grades"].values()) for row in rows if "grades" in row]
     if grades:
         points = 100.0 * torch.tensor(grades)  # (n, direct and TT-SI, tool and call)
-        lines.append(f"{'':12}{'right tool':>13}{'right call':>13}")
-        for name, (tool, call) in zip(("direct", "TT-SI"), points.mean(0).tolist(), strict=True):
-            lines.append(f"{name:12}{tool:11.1f} %{call:11.1f} %")
+        lines.append("               right tool   right call")
+        (tool, call), (new_tool, new_call) = points.mean(0).tolist()
+        lines.append(f"direct{tool:17.1f} %{call:11.1f} %")
+        lines.append(f"TT-SI{new_tool:18.1f} %{new_call:11.1f} %")
         gain = points[:, 1, 1] - points[:, 0, 1]
         low, high = interval(gain.tolist())
         changed = f"{(gain > 0).sum()} repaired, {(gain < 0).sum()} broken"
@@ -896,7 +898,7 @@ def counted(words):
 
 
 def run(cfg):
-    """Reads, answers, grades, keeps -> {id: row}. Bad input: InputError, told to the user."""
+    """Reads, answers, grades, keeps -> {id: row}. InputError: bad input, in one line."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
     need(world == 1 or cfg.output, "each of WORLD_SIZE processes needs --output")
     embedded = Path(cfg.model).resolve() == (DATA / "model").resolve()
@@ -917,7 +919,7 @@ def run(cfg):
     if rank == 0:
         print(stamp["run"], end="\n\n")
         if embedded and cfg.data:
-            print("The embedded model knows no world but its own: for others give a --model.\n")
+            print("The embedded model knows no world but its own: give a --model.\n")
     try:
         todo = [i for i in ids[rank::world] if i not in rows]
         for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank or not todo)):
@@ -943,7 +945,7 @@ def run(cfg):
 
 
 def report(cfg, path, model, tok):
-    """-> what a report must say of a run: versions, date, model, settings but the default ones."""
+    """-> what a report must say of a run: versions, date, model, changed settings."""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     revision = getattr(model.config, "_commit_hash", None) or "local"
     form = "the template's own" if call_form(tok, f"{tok.chat_template}") else "our"
@@ -955,7 +957,7 @@ def report(cfg, path, model, tok):
 
 
 def key_of(cfg, samples, models):
-    """-> what rows of one file share: settings as given, data, weights, template, this code."""
+    """-> what rows of one file share: settings, data, weights, template, this code."""
     places = ("limit", "output", "trace", "model", "teacher", "data", "pairs")
     known = [Path(__file__).read_text("utf-8"), samples, vars(cfg) | dict.fromkeys(places)]
     for model, tok in models:
