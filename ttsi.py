@@ -346,7 +346,7 @@ def train(spans, frozen, lora, cfg):
         loss.backward()
         losses.append(loss.item())
         norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None]).item()
-        if not 0 < norm < math.inf:  # or no number
+        if not 0 < norm < math.inf:  # zero, infinite or no number
             break
         lr = cfg.lr * (1 + math.cos(math.pi * epoch / cfg.epochs)) / 2
         if not adamw:  # FORK HERE: another update rule
@@ -383,7 +383,7 @@ class Prefix:
         """Reads new (R, T) behind a cache, in place -> (R, keep, V) the last logits."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        # Positions, not their number, for which the output layer copies its weight R times.
+        # Positions: with their number the output layer would copy its weight for each row.
         last = torch.arange(new.shape[1])[-keep:]
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=last).logits
 
@@ -650,9 +650,9 @@ def advising(place, advice):
 
 
 def composed(value):
-    """A JSON value, letters composed (NFC). ValueError: none, as NaN, half a character."""
+    """A JSON value with its letters composed (NFC); ValueError: it is none, such as NaN."""
     text = unicodedata.normalize("NFC", dumps(value))
-    text.encode()
+    text.encode()  # refuses half a character
     return json.loads(text)
 
 
