@@ -168,21 +168,16 @@ def margin(logp):  # FORK HERE: another uncertainty, low where it should adapt
     return first - sum(second)
 
 
-def certainty(u, found, cfg):
-    """-> u, but 0 where the direct answer has a flaw [ours]: below tau it is uncertain."""
-    return 0.0 if found and cfg.check else u
-
-
 def doubtful_tools(result, x, cfg):
-    """-> the tools to write pairs for: the K likeliest where u < tau; where only a flaw makes it
-    uncertain, that call's tool, about which there is no doubt [ours]; none where it is certain."""
+    """-> the tools to write pairs for: the K likeliest where u < tau; where a flaw alone makes
+    it uncertain [ours], that call's tool; none where it is certain."""
     likeliest = sorted(result.logp, key=result.logp.get, reverse=True)
-    if certainty(result.margin, result.flaw, cfg) >= cfg.tau:
-        return []
     if result.margin < cfg.tau:
         return likeliest[: cfg.k]
-    called = x.call["name"]
-    return [called if called in x.schemas else likeliest[0]]
+    if result.flaw and cfg.check and cfg.tau > 0:
+        called = x.call["name"]
+        return [called if called in x.schemas else likeliest[0]]
+    return []
 
 
 # ----------------------------------------------------------------- G: self-data
@@ -203,8 +198,7 @@ MORE = ("additionalProperties", "anyOf", "oneOf", "allOf", "$ref")  # may add ar
 
 
 def generate(model, tok, x, after_tools, tools, cfg):
-    """G. -> drafts {text, verdict, pair or None} for these tools, all written in one batch;
-    or those that were supplied (--pairs), judged alike."""
+    """G. -> drafts {text, verdict, pair or None}, written in one batch, or supplied."""
     texts = x.supplied
     if texts is None:
         outlines, rngs = [], []
@@ -216,15 +210,11 @@ def generate(model, tok, x, after_tools, tools, cfg):
                 rng = draw(cfg.seed, x.id, tool, n)
                 outlines.append(outline(tool, x.schemas[tool], cfg.given, rng, chosen))
                 rngs.append(rng)
-        ids, _ = span(tok, x, draft_prompt(model, x.request))
+        prompt = getattr(model.config, "draft", DRAFT)
+        ids, _ = span(tok, x, prompt.replace("{request}", x.request))
         asking = Prefix(model, ids[:-1], after_tools)
         texts = write(tok, ids, asking, cfg, outlines, rngs)
     return [judge(text, x, cfg) for text in texts]
-
-
-def draft_prompt(model, request):
-    """-> what asks for a draft: DRAFT, or what the model was taught."""
-    return getattr(model.config, "draft", DRAFT).replace("{request}", request)
 
 
 def outline(name, schema, given, rng, chosen=None):
@@ -258,18 +248,16 @@ def judge(text, x, cfg):
         value = composed(DECODER.decode(text))
         pair = {"request": value["request"].strip(), "call": to_call(value["call"])}
         span(x.tok, x, pair["request"], pair["call"])  # does it fit the context?
-        found = flaw(pair["call"], pair["request"], x) if cfg.check else ""
+        verdict = (cfg.check and flaw(pair["call"], pair["request"], x)) or "kept"
         # Refused even unchecked: --pairs might hold x with its label.
         if any(copies(pair["request"], turn) for turn in x.turns):
-            found = "copy of the request"
-        verdict = found or "kept"
+            verdict = "copy of the request"
     return {"text": text, "verdict": verdict, "pair": pair}
 
 
 def copies(request, turn):
     """Is a request a turn of x, does it hold one of three words or more, or has it none?"""
-    texts = request.casefold(), turn.casefold()
-    new, old = (" ".join(re.findall(r"\w+", text)) for text in texts)
+    new, old = (" ".join(re.findall(r"\w+", text.casefold())) for text in (request, turn))
     return new in ("", old) or (old.count(" ") > 1 and f" {old} " in f" {new} ")
 
 
@@ -300,7 +288,7 @@ def lists_all(schema):
 
 
 def said(value, request):
-    """Does a request hold a value? Texts anywhere, numbers not within others; the rest always."""
+    """Does a request hold a value? Texts anywhere, numbers as a whole; others always."""
     if value in ("", [], {}):
         return False
     if type(value) in (int, float):
@@ -347,8 +335,7 @@ def temporary_lora(model, cfg, rng):
 
 
 def train(spans, frozen, lora, cfg):
-    """T. Steps on the LoRA, in place -> the loss before each, in nats per token of a call. It
-    ends early where the gradient is zero, or no number."""
+    """T. Steps on the LoRA, in place -> the loss before each, nats per token of a call."""
     adamw = cfg.optimizer == "adamw"
     optimizer = torch.optim.AdamW(lora, weight_decay=0.0) if adamw else torch.optim.SGD(lora)
     lengths = torch.tensor([len(ids) - begin for ids, begin in spans])  # (K,)
@@ -359,7 +346,7 @@ def train(spans, frozen, lora, cfg):
         loss.backward()
         losses.append(loss.item())
         norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None]).item()
-        if not 0 < norm < math.inf:
+        if not 0 < norm < math.inf:  # zero, infinite or no number
             break
         lr = cfg.lr * (1 + math.cos(math.pi * epoch / cfg.epochs)) / 2
         if not adamw:  # FORK HERE: another update rule
@@ -396,15 +383,14 @@ class Prefix:
         """Reads new (R, T) behind a cache, in place -> (R, keep, V) the last logits."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        # Positions, no count: behind a view the output layer would copy its weight for each row.
+        # Positions: with their number the output layer would copy its weight for each row.
         last = torch.arange(new.shape[1])[-keep:]
-        # `cache` is what was `past_key_values` before transformers 5.24.
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=last).logits
 
 
 @contextmanager
 def measured(model, cost, stage):
-    """Adds seconds and tokens read to a stage, padding too; a backward pass counts again."""
+    """Adds seconds and tokens read, padding too, to a stage; backward passes count again."""
     spent = cost.setdefault(stage, [0.0, 0])
     start, before = time.perf_counter(), Prefix.tokens
     yield
@@ -415,8 +401,8 @@ def measured(model, cost, stage):
 
 
 def logprob(spans, prefix):
-    """-> (R,) nats: of R spans (ids, begin), log P of ids[begin:] behind ids[:begin]. All of
-    them begin with the prefix, which ends before any `begin`.
+    """-> (R,) nats: of R spans (ids, begin), log P of ids[begin:] behind ids[:begin].
+    All of them begin with the prefix, which ends before any `begin`.
 
     tokens   t0    t1    t2    t3      the logits at one position
     logits   '---> '---> '---> '       predict the token at the next
@@ -438,7 +424,7 @@ def logprob(spans, prefix):
 @torch.no_grad()
 def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     """-> a text behind ids for each of R outlines, in one batch, token by token: drawn by its
-    generator on the CPU, or greedy. By default one answer, to its call's end or max_new_tokens."""
+    generator on the CPU, or greedy. By default one answer, up to the end of its call."""
     # Nothing else of generation_config is used: no penalties.
     ends = prefix.model.generation_config.eos_token_id
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -475,8 +461,8 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     return [tok.decode(row.ids) if row.parts else row.text for row in rows]
 
 
-# Values that may come behind a part, by its last character. A token may hold the part's end and
-# the value's begin: only those tokens are forced that are the same for all of these values.
+# Values that may come behind a part, by its last character. A token may hold the end of one
+# and the begin of the other: only tokens that are the same for all values are forced.
 BEHIND = {
     "{": ('"call": {"name": "a', '"request": "a'),
     ":": (' "a', " 1", ' {"a', " [1", " t"),
@@ -485,7 +471,7 @@ BEHIND = {
 
 
 def force(tok, row):
-    """Queues a row's text, but for what the value behind it may change: the model writes that."""
+    """Queues a row's text, but for the tokens that the value behind it may change."""
     rest = row.text[len(tok.decode(row.ids)) :]
     spelled = [continuation(tok, rest + value) for value in BEHIND[row.text[-1]]]
     row.queue = os.path.commonprefix(spelled)
@@ -493,7 +479,7 @@ def force(tok, row):
 
 
 def take(tok, row):
-    """Adds the queued token to a row -> is the row over? Behind a value its next part is forced."""
+    """Adds the queued token -> is the row over? Behind a value its next part is forced."""
     written = tok.decode(row.ids + row.queue)
     if not row.parts:  # an answer
         row.ids = row.ids + row.queue
@@ -503,7 +489,7 @@ def take(tok, row):
     agrees = written[: len(row.text)] == row.text[: len(written)]
     end = json_end(written[begin:]) if agrees else -1
     if end > 0:
-        # The token is not added, as it may hold more than the value's end: `force` spells that.
+        # The token is not added: it may hold more than the end, which `force` spells.
         row.text = written[: begin + end] + row.parts.pop(0)
         if row.parts:
             force(tok, row)
@@ -529,9 +515,9 @@ def draw(*key):
 
 
 def prepare(tok, sample, cfg):
-    """-> x: all that Algorithm 1 sees of a sample, which is everything but its label: the dialogue
-    (system, request, turns), tools and schemas, ids of the prompt, of which the first `head` come
-    before any request, and candidates, as spans. `tt_si` adds the direct call."""
+    """-> x: all that Algorithm 1 sees of a sample, without its label: the dialogue (system,
+    request, turns), tools and schemas, ids of the prompt, of which the first `head` come before
+    any request, and candidates, as spans. `tt_si` adds the direct call."""
     tools, messages = sample["tools"], sample["messages"]
     if cfg.shuffle:
         # By seed and names alone: neither the file's order nor the label shows.
@@ -541,14 +527,14 @@ def prepare(tok, sample, cfg):
     x = SimpleNamespace(id=sample["id"], tok=tok, tools=tools)
     x.supplied = sample.get("pairs")  # drafts that were written elsewhere
     x.schemas = {tool["name"]: tool["parameters"] for tool in tools}
-    x.system = [m for m in messages if m["role"] == "system"]  # stands before a pair, too
+    x.system = [m for m in messages if m["role"] == "system"]  # before a pair, too
     x.request = transcript([m for m in messages if m["role"] != "system"])
     x.turns = [m["content"] for m in messages if m["role"] == "user"]
     x.ids, _ = encode(tok, tools, messages)
-    # Two prompts are the same to the tools' end, if tools come first, but for a merging token.
+    # Two prompts are the same up to the end of the tools, but for a token that merges.
     other, _ = span(tok, x, "-")
     x.head = max(len(os.path.commonprefix([x.ids, other])) - 1, 0)
-    # A candidate ends with the token that closes its name, or `book` always beats `book_room`.
+    # A candidate ends with what closes its name, or `book` always beats `book_room`.
     calls = []  # N
     opening = call_text(tok, CALL | {"arguments": {}}).index(dumps(CALL["name"]))
     for name in x.schemas:
@@ -561,13 +547,13 @@ def prepare(tok, sample, cfg):
 
 
 def span(tok, x, request, call=None):
-    """-> (ids, begin): a prompt of a request about the tools of x, and behind it a call."""
+    """-> (ids, begin): a prompt of a request about the tools of x, and a call behind it."""
     return encode(tok, x.tools, [*x.system, {"role": "user", "content": request}], call)
 
 
 def encode(tok, tools, messages, call=None):
-    """-> (ids, begin): a prompt by the model's chat template, and from begin on a call. Tools
-    are in the template's own form (native), or text in one user turn. InputError: too long."""
+    """-> (ids, begin): a prompt by the chat template, and from begin on a call. Tools are in
+    the template's own form (native), or text in one user turn. InputError: too long."""
     if call_form(tok, f"{tok.chat_template}"):
         prompt = render(tok, messages, tools)
     else:
@@ -576,8 +562,7 @@ def encode(tok, tools, messages, call=None):
     # Ids are joined, not texts: no token spans prompt and call.
     ids = tok(prompt, add_special_tokens=False).input_ids
     more = continuation(tok, call_text(tok, call)) if call else []
-    n = len(ids + more)
-    need(n <= tok.model_max_length, "its tokens and an answer exceed the context")
+    need(len(ids + more) <= tok.model_max_length, "its tokens and an answer exceed the context")
     return ids + more, len(ids)
 
 
@@ -595,7 +580,7 @@ def render(tok, messages, tools=None, answered=False):
 
 @functools.cache
 def call_form(tok, template):
-    """-> what continues a prompt with CALL by the chat template, by which this is cached; None,
+    """-> what continues a prompt with CALL by the chat template, by which it is cached; None,
     not native: it shows no tools, or a call that cannot be parsed."""
     user = {"role": "user", "content": "?"}
     calls = [{"id": ID, "type": "function", "function": CALL}]
@@ -619,8 +604,8 @@ def call_text(tok, call):
 
 
 def continuation(tok, text, most=math.inf):
-    """-> ids of a text that stands behind another, with which none of them merges; those that
-    begin in its first `most` characters."""
+    """-> ids of a text that stands behind another, with which none of them merges; those
+    that begin in its first `most` characters."""
     # A stand-in of one character takes the blank that some tokenizers put first.
     stand_in = "a" if text[:1].isdigit() else "0"
     out = tok(stand_in + text, add_special_tokens=False, return_offsets_mapping=True)
@@ -629,7 +614,7 @@ def continuation(tok, text, most=math.inf):
 
 
 def transcript(messages):
-    """The request; a dialogue becomes "role: text" lines, with earlier calls and results."""
+    """The request; a dialogue as "role: text" lines, with earlier calls and results."""
     if len(messages) == 1:
         return messages[0]["content"]
     lines = []
@@ -656,7 +641,7 @@ def need(ok, text):
 
 @contextmanager
 def advising(place, advice):
-    """Whatever goes wrong in libraries becomes an InputError: where, what, what would be right."""
+    """What goes wrong in libraries becomes an InputError: where, what, what would be right."""
     try:
         yield
     except Exception as e:
@@ -665,10 +650,9 @@ def advising(place, advice):
 
 
 def composed(value):
-    """A JSON value with its letters composed (NFC), as some tokenizers do; ValueError: it is
-    not JSON, such as NaN or half a character."""
+    """A JSON value with its letters composed (NFC); ValueError: it is none, such as NaN."""
     text = unicodedata.normalize("NFC", dumps(value))
-    text.encode()
+    text.encode()  # refuses half a character
     return json.loads(text)
 
 
@@ -713,8 +697,8 @@ def to_call(value):
 
 
 def grade(text, gold):
-    """-> [right tool?, right call?] of an answer. Numbers are compared by their text [ours]: "5"
-    is 5, and 12.0 is 12."""
+    """-> [right tool?, right call?] of an answer. Numbers are compared by their text
+    [ours]: "5" is 5, and 12.0 is 12."""
     how = {"parse_int": str, "parse_float": lambda number: number.removesuffix(".0")}
     call, gold = (json.loads(dumps(value), **how) for value in (parse(text), gold))
     return [bool(call) and call["name"] == gold["name"], call == gold]
@@ -736,12 +720,10 @@ def read_jsonl(path, convert, advice="other forms: python data/convert.py FILE >
 
 
 def to_sample(record):
-    """A record in OpenAI's form -> {id, messages, tools, call?}: call alone is the label."""
-    for key in ("messages", "tools"):
-        need(record.get(key), f"no {key}")
+    """A record in OpenAI's form -> {id, messages, tools, call?}; the label is call alone."""
     tools = [to_tool(tool.get("function", tool)) for tool in record["tools"]]
     names = [tool["name"] for tool in tools]
-    need(len(set(names)) == len(names), f"a tool twice: {names}")
+    need(names and len(set(names)) == len(names), f"no tools, or one twice: {names}")
     messages = []
     for message in record["messages"]:
         message = {key: value for key, value in message.items() if value is not None}
@@ -769,22 +751,24 @@ def to_tool(tool):
     """-> {name, description, parameters}, completed: some templates want all three."""
     given = tool.get("parameters") or EMPTY
     schema = EMPTY | {key: value for key, value in given.items() if value is not None}
-    # Refused: MCP's and Anthropic's names for it, and a map of properties, as xLAM's.
+    # Refused: xLAM's map of properties; MCP's and Anthropic's names for a schema.
     is_schema = "properties" in given or given.get("type") == "object"
-    is_other = "inputSchema" in tool or "input_schema" in tool
-    is_schema = is_schema and not is_other and isinstance(schema["required"], list)
-    is_schema = is_schema and all(isinstance(key, str) for key in schema["required"])
-    for rule in schema["properties"].values():
-        is_schema = is_schema and isinstance(rule.get("enum") or [], list)
-    need(isinstance(tool["name"], str), f"a name that is no text: {tool['name']}")
+    is_schema = is_schema and not {"inputSchema", "input_schema"} & tool.keys()
+    lists = [rule.get("enum") or [] for rule in schema["properties"].values()]
+    lists.append(schema["required"])
+    is_schema = is_schema and all(isinstance(part, list) for part in lists)
     need(is_schema, f'"parameters" of {tool["name"]} must be a JSON schema')
+    for name in [tool["name"], *schema["required"]]:
+        need(isinstance(name, str), f"a name that is no text: {name}")
     about = tool.get("description") or ""
     return {"name": tool["name"], "description": about, "parameters": schema}
 
 
 # ---------------------------------------------------------------------- running
 def load(name, cfg):
-    """-> (model, tokenizer), frozen; safetensors only, and no code that comes with it runs."""
+    """-> (model, tokenizer), frozen; safetensors only, and none of its own code runs."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     found = torch.accelerator.current_accelerator(check_available=True)
     device = cfg.device
     if device == "auto":
@@ -865,8 +849,7 @@ def whole_rows(path, key):
     path.touch()
     *lines, torn = path.read_bytes().split(b"\n")
     begin = f'{{"key": "{key}"'.encode()
-    ours = all(line.startswith(begin) for line in lines)
-    ours = ours and begin.startswith(torn[: len(begin)])
+    ours = all(begin.startswith(line[: len(begin)]) for line in [*lines, torn])
     need(ours, f"{path} has rows of other settings, data, model or code: take another --output")
     if torn:
         time.sleep(1)  # another process may be writing it
@@ -890,18 +873,17 @@ def table(rows):
     grades = [list(row["grades"].values()) for row in rows if "grades" in row]
     if grades:
         points = 100.0 * torch.tensor(grades)  # (n, direct and TT-SI, tool and call)
+        lines.append("               right tool   right call")
+        (tool, call), (new_tool, new_call) = points.mean(0).tolist()
+        lines.append(f"direct{tool:17.1f} %{call:11.1f} %")
+        lines.append(f"TT-SI{new_tool:18.1f} %{new_call:11.1f} %")
         gain = points[:, 1, 1] - points[:, 0, 1]
         low, high = interval(gain.tolist())
-        lines.append(f"{'':12}{'right tool':>13}{'right call':>13}")
-        for name, (tool, call) in zip(("direct", "TT-SI"), points.mean(0).tolist(), strict=True):
-            lines.append(f"{name:12}{tool:11.1f} %{call:11.1f} %")
         changed = f"{(gain > 0).sum()} repaired, {(gain < 0).sum()} broken"
-        spread = f"[{low:+.1f}, {high:+.1f}]"
-        lines.append(f"{'difference':12}{gain.mean():+26.1f}  {spread}   {changed}")
-    lines.append(counted(row["decision"] for row in rows))
+        lines.append(f"difference{gain.mean():+28.1f}  [{low:+.1f}, {high:+.1f}]   {changed}")
     verdicts = [draft["verdict"] for row in rows for draft in row["drafts"]]
-    if verdicts:
-        lines[-1] += f"; of {len(verdicts)} drafts {counted(verdicts)}"
+    of_drafts = f"; of {len(verdicts)} drafts {counted(verdicts)}" if verdicts else ""
+    lines.append(counted(row["decision"] for row in rows) + of_drafts)
     costs = [row["cost"] for row in rows if row["cost"]]
     if costs:
         spent = [part for cost in costs for part in cost.values()]
@@ -917,31 +899,32 @@ def counted(words):
 
 
 def run(cfg):
-    """Reads, answers, grades, keeps -> {id: row}."""
+    """Reads, answers, grades, keeps -> {id: row}. InputError: bad input, in one line."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun
     need(world == 1 or cfg.output, "each of WORLD_SIZE processes needs --output")
-    path = cfg.data or DATA / ("demo.jsonl" if is_embedded(cfg) else "everyday.jsonl")
+    embedded = Path(cfg.model).resolve() == (DATA / "model").resolve()
+    path = cfg.data or DATA / ("demo.jsonl" if embedded else "everyday.jsonl")
     samples = read_jsonl(path, to_sample)
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
     need(samples.keys() >= set(ids), f"--trace: {path} has no sample {cfg.trace}")
-    pairs = {}
     if cfg.pairs:
         advice = "a line is {id, pairs: [{request, call}, ...]}"
         pairs = read_jsonl(cfg.pairs, lambda row: [*map(dumps, row["pairs"])], advice)
         need(pairs.keys() & ids, f"{cfg.pairs} has pairs for none of these samples of {path}")
+        samples = {i: sample | {"pairs": pairs.get(i, [])} for i, sample in samples.items()}
 
     models = [load(name, cfg) for name in (cfg.model, cfg.teacher) if name]
     model, tok = models[0]
-    stamp = {"key": key_of(cfg, samples, pairs, models), "run": report(cfg, path, model)}
+    stamp = {"key": key_of(cfg, samples, models), "run": report(cfg, path, model, tok)}
     rows = whole_rows(Path(cfg.output), stamp["key"]) if cfg.output else {}
     if rank == 0:
-        print(stamp["run"])
-        describe(cfg, [samples[i] for i in ids], model, tok)
+        print(stamp["run"], end="\n\n")
+        if embedded and cfg.data:
+            print("The embedded model knows its toy world alone: give a --model for others.\n")
     try:
         todo = [i for i in ids[rank::world] if i not in rows]
         for i in tqdm(todo, unit="sample", disable=bool(cfg.trace or rank or not todo)):
-            sample = samples[i] | ({"pairs": pairs.get(i, [])} if pairs else {})
-            rows[i] = stamp | answer(model, tok, sample, cfg, models[-1])
+            rows[i] = stamp | answer(model, tok, samples[i], cfg, models[-1])
             if cfg.output:
                 # One write of one whole line: several processes can share a file.
                 with open(cfg.output, "ab", buffering=0) as file:
@@ -962,50 +945,35 @@ def run(cfg):
     return rows
 
 
-def report(cfg, path, model):
-    """-> what a report must say of a run."""
+def report(cfg, path, model, tok):
+    """-> what a report must say of a run: versions, date, model, changed settings."""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     revision = getattr(model.config, "_commit_hash", None) or "local"
-    places = ("model", "data", "limit", "output", "trace")
-    changed = {k: v for k, v in vars(cfg).items() if v != getattr(Config, k) and k not in places}
-    flags = "".join(f", {name} {value}" for name, value in changed.items())
-    what = f"{cfg.model} ({revision}, {model.dtype}, {model.device}) on {path}{flags}"
-    return f"ttsi.py {VERSION}, {versions}, {time.strftime('%F')}: {what}"
-
-
-def describe(cfg, samples, model, tok):
-    """Prints what a run says first, of data and model."""
-    labelled = sum("call" in sample for sample in samples)
     form = "the template's own" if call_form(tok, f"{tok.chat_template}") else "our"
-    size = f"{model.num_parameters():,} parameters"
-    print(f"{len(samples)} samples, {labelled} labelled; {size}; {form} tool prompts\n")
-    # In the embedded model's world each tool's name is two tokens.
-    names = [tool["name"] for sample in samples for tool in sample["tools"]]
-    if is_embedded(cfg) and any(len(tok.tokenize(name)) > 2 for name in names):
-        print("The embedded model knows no world but its own: give a --model.\n")
+    facts = f"{revision}, {model.num_parameters():,} parameters, {model.dtype}, {model.device}"
+    what = f"{cfg.model} ({facts}, {form} tool prompts)"
+    settings = vars(cfg) | {"data": path}
+    changed = [f", {k} {v}" for k, v in settings.items() if v != getattr(Config, k)]
+    return f"ttsi.py {VERSION}, {versions}, {time.strftime('%F')}: {what}{''.join(changed)}"
 
 
-def is_embedded(cfg):
-    return Path(cfg.model).resolve() == (DATA / "model").resolve()
-
-
-def key_of(cfg, samples, pairs, models):
-    """-> what rows of one file share: settings as given, data, weights, template, this code."""
+def key_of(cfg, samples, models):
+    """-> what rows of one file share: settings, data, weights, template, this code."""
     places = ("limit", "output", "trace", "model", "teacher", "data", "pairs")
-    known = [Path(__file__).read_text("utf-8"), samples, pairs, vars(cfg) | dict.fromkeys(places)]
+    known = [Path(__file__).read_text("utf-8"), samples, vars(cfg) | dict.fromkeys(places)]
     for model, tok in models:
         weights = [torch.hash_tensor(p.cpu()).item() for p in model.parameters()]
-        known.append([tok.chat_template, draft_prompt(model, ""), weights])
+        known.append([tok.chat_template, getattr(model.config, "draft", DRAFT), weights])
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 
 def tell(row, sample, tok, cfg):
     """Prints what Algorithm 1 did with a sample, step by step."""
-    steps = row | {"prompt": "", "label": sample.get("call")}
-    with suppress(InputError):
-        steps["prompt"] = tok.decode(prepare(tok, sample, cfg).ids)
-    captions = {item.name: item.metadata["help"] for item in dataclasses.fields(Result)[1:]}
-    captions = {"prompt": "what Algorithm 1 sees"} | captions | {"label": "which no step saw"}
+    captions = {"prompt": "what Algorithm 1 sees"}
+    captions |= {item.name: item.metadata["help"] for item in dataclasses.fields(Result)[1:]}
+    captions["label"] = "which no step saw"
+    prompt = tok.decode(prepare(tok, sample, cfg).ids)
+    steps = row | {"prompt": prompt, "label": sample.get("call")}
     for name, caption in captions.items():
         lines = steps[name] if isinstance(steps[name], list) else [steps[name]]
         print(f"\n-- {name:10}{caption}", *lines, sep="\n   ")
@@ -1019,7 +987,7 @@ ABOUT = """python ttsi.py [flags]
 
 
 def parse_arguments(argv):
-    """The command line -> Config. A later flag overrules; --no-... cannot be undone."""
+    """-> Config, or an InputError. A later flag overrules; --no-... cannot be undone."""
     parser = argparse.ArgumentParser(usage=ABOUT, allow_abbrev=False)
     parser.error = lambda message: need(False, f"{message}; -h explains every flag")
     parser.add_argument("--version", action="version", version=f"ttsi.py {VERSION}")
@@ -1027,38 +995,29 @@ def parse_arguments(argv):
     for item in dataclasses.fields(Config):
         if item.name in GROUPS:
             group = parser.add_argument_group(GROUPS[item.name])
-        flag, how = f"--{item.name}".replace("_", "-"), {"dest": item.name, "default": item.default}
-        how["help"] = item.metadata["help"]
+        flag, text = item.name.replace("_", "-"), item.metadata["help"]
         if item.type is bool:
-            how["action"], flag = "store_false", flag.replace("--", "--no-")
+            group.add_argument(f"--no-{flag}", dest=item.name, action="store_false", help=text)
         else:
-            how |= {"type": type(item.default), "choices": get_args(item.type) or None}
-            how["help"] += f"; default: {item.default}" * (item.type is not str)
-        group.add_argument(flag, **how)
+            how = {"type": type(item.default), "choices": get_args(item.type) or None}
+            text += f"; default: {item.default}" * (item.type is not str)
+            group.add_argument(f"--{flag}", default=item.default, help=text, **how)
     flags = []
     for flag in argv:
         flags += PAPER.split() if flag == "--paper" else [flag]
-    return Config(**vars(parser.parse_args(flags)))
-
-
-def main(argv):
-    """The command line -> {id: row}. Raises InputError, whose text is for the user."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    cfg = parse_arguments(argv)
+    cfg = Config(**vars(parser.parse_args(flags)))
     for name in ("k", "drafts", "epochs", "max_new_tokens", "lora_rank"):
         need(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be 1 or more")
     need(cfg.limit >= 0, "--limit must be 0 or more")
-    has_rate = cfg.optimizer == "polyak" or cfg.lr != Config.lr
-    need(has_rate, "--optimizer adamw wants an --lr, such as 1e-4")
-    return run(cfg)
+    need(cfg.optimizer == "polyak" or cfg.lr < 1, "--optimizer adamw wants an --lr: 1e-4")
+    return cfg
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, was)
     sys.stdout.reconfigure(errors="backslashreplace")  # what a console cannot show
     try:
-        main(sys.argv[1:])
+        run(parse_arguments(sys.argv[1:]))
     except KeyboardInterrupt as e:
         print("ttsi: stopped", f"{e}" or "before the first sample", file=sys.stderr)
         sys.exit(130)

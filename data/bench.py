@@ -68,7 +68,8 @@ def competent(model, tok, cfg, sample, result):
     with model.disable_adapter():
         after_tools = ttsi.Prefix(model, x.ids[: x.head])
         margin = ttsi.margin(ttsi.score(x, ttsi.Prefix(model, x.ids[:-1], after_tools)))
-        ids, _ = ttsi.span(tok, x, ttsi.draft_prompt(model, x.request))
+        prompt = getattr(model.config, "draft", ttsi.DRAFT)
+        ids, _ = ttsi.span(tok, x, prompt.replace("{request}", x.request))
         how = {"cache": ttsi.Prefix(model, ids[:-1], after_tools).copy(drafts), "do_sample": True}
         how |= {"temperature": cfg.temperature, "top_k": 0, "top_p": 1.0}
         generate(model, tok, cfg, ids, num_return_sequences=drafts, **how)
@@ -168,7 +169,6 @@ def main(argv=None):
         with ttsi.advising("--kept", "give an --output of this bench"):
             print(table([*map(json.loads, Path(cfg.output).read_text().splitlines())]))
         return
-    transformers.logging.disable_progress_bar()
     data = "demo.jsonl" if cfg.model == ttsi.Config.model else "everyday.jsonl"
     every = ttsi.read_jsonl(cfg.data or ttsi.DATA / data, ttsi.to_sample)
     samples = [*every.values()][: cfg.limit or None]
@@ -180,7 +180,7 @@ def main(argv=None):
         return grow(model, tok, cfg, samples)
     peft_model = wrapped(model, cfg) if importlib.util.find_spec("peft") else None
     where = f"{model.dtype}, {model.device}, threads: {torch.get_num_threads()}"
-    key = f"{Path(cfg.model).name}, {where}, {ttsi.key_of(cfg, every, {}, [(model, tok)])}"
+    key = f"{Path(cfg.model).name}, {where}, {ttsi.key_of(cfg, every, [(model, tok)])}"
     rows = ttsi.whole_rows(Path(cfg.output), key) if cfg.output else {}
     measure(model, tok, cfg, peft_model, samples[0], 1)  # to warm up
     for sample in ttsi.tqdm([sample for sample in samples if sample["id"] not in rows]):

@@ -29,7 +29,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -294,8 +293,9 @@ class Lab:
         if on == "all" or self.args.quick:
             return answered
         cfg = self.config(name, seed)
-        sure = {i: ttsi.certainty(rows[i]["margin"], rows[i]["flaw"], cfg) for i in answered}
-        return [i for i in answered if (sure[i] < cfg.tau) == (on == "uncertain")]
+        flawed = {i for i in answered if rows[i]["flaw"] and cfg.check and cfg.tau > 0}
+        unsure = {i for i in answered if rows[i]["margin"] < cfg.tau} | flawed
+        return [i for i in answered if (i in unsure) == (on == "uncertain")]
 
     def path(self, name, seed, whole=False):
         """-> the file of a method's rows; whole ones, with a benchmark's texts, lie elsewhere."""
@@ -697,8 +697,6 @@ def parse_arguments(argv):
 
 def main(argv, results=RESULTS):
     """The command line. With --kept alone tables go into results/README.md, and figures beside."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     args = parse_arguments(argv)
     for group in [args.group] if args.group else GROUPS:
         for model, files in files_of(group, args).items():

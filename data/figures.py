@@ -85,7 +85,7 @@ def gain_by_tau(runs):
     pairs = [pair for run in runs for pair in run if pair[0]["margin"] is not None]
     changes = []
     for before, after in pairs:
-        sure = ttsi.certainty(before["margin"], before["flaw"], ttsi.Config())
+        sure = 0.0 if before["flaw"] else before["margin"]  # as `doubtful_tools` has it
         changes.append((sure, 100 * (after["grade"][1] - before["grade"][1])))
     below, above = 0, sum(change for _, change in changes)
     points = [(0.0, 0.0, above / len(pairs))]
