@@ -6,8 +6,8 @@
     python data/experiments.py --kept                    # tables and figures of kept rows alone
     python data/experiments.py real --quick              # does all of it run? Keeps nothing
 
-Rows go to data/results/rows/ as they come; a run that was cut off goes on. With RANK and WORLD_SIZE
-processes share those of a method, and a last one without packs them. Of data outside this folder
+Rows go to data/results/rows/ as they come; a run that was cut off goes on. Processes with RANK and
+WORLD_SIZE share those of a method, and a last one without packs them. Of data outside this folder
 rows hold no texts: these go to runs/texts/, where methods that share TT-SI's pairs find them.
 """
 
@@ -181,8 +181,9 @@ def fine_tuned(model, tok, sample, cfg, tuned):
 
 def fine_tune(model, tok, pool, cfg):
     """-> the parameters of one LoRA. Batches of labelled samples, a step each, cosine."""
-    order = torch.randperm(SFT_EPOCHS * len(pool), generator=ttsi.draw(cfg.seed, "order"))
-    batches = (order % len(pool)).split(SFT_BATCH)
+    rng = ttsi.draw(cfg.seed, "order")
+    epochs = [torch.randperm(len(pool), generator=rng) for _ in range(SFT_EPOCHS)]
+    batches = torch.cat(epochs).split(SFT_BATCH)
     with ttsi.temporary_lora(model, cfg, ttsi.draw(cfg.seed, "sft")) as lora:
         for step, batch in enumerate(tqdm(batches, desc=f"SFT on {len(pool)} labels")):
             lr = SFT_RATE * (1 + math.cos(math.pi * step / len(batches))) / 2
@@ -230,7 +231,7 @@ class Lab:
         direct = {i: direct_row(row) for i, row in self.rows("default").items()}
         found = dict(direct)
         for name in names:
-            if self.rows(name).keys() != {*self.chosen(name)}:
+            if not self.rows(name).keys() >= {*self.chosen(name)}:
                 return []
             found |= self.rows(name)
         return [(direct[i], found[i] | {"seed": self.seed}) for i in direct]
@@ -406,8 +407,7 @@ def read_rows(path):
     """-> (head or None, {id: row}): those that are packed, and whole lines of what came later."""
     packed = path.with_suffix(".jsonl.gz")
     text = gzip.decompress(packed.read_bytes()) if packed.exists() else b""
-    if path.exists():
-        text += path.read_bytes()
+    text += path.read_bytes() if path.exists() else b""
     *lines, _ = text.split(b"\n")
     head, *rows = [*map(json.loads, lines)] or [None]
     return head, {row["id"]: row for row in rows if "id" in row}

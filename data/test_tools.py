@@ -482,10 +482,10 @@ def test_the_gain_over_tau_is_a_hand_count():
 def test_figures_are_written_and_come_out_the_same(tmp_path):
     places = {"own world": [pair("1", "s", 0, 1), pair("2", "t", 1, 1)]}
     for draw, given in ((figures.forest, {"label": places}), (figures.tau_curves, places)):
-        for name in ("a", "b"):
+        for name in ("a.svg", "b.svg"):
             draw(given, tmp_path / name)
-        text = (tmp_path / "a").read_text()
-        assert text == (tmp_path / "b").read_text(), "it depends on when it was made"
+        text = (tmp_path / "a.svg").read_text()
+        assert text == (tmp_path / "b.svg").read_text(), "it depends on when it was made"
         assert "own world" in text and "<dc:date>" not in text and "fill: #ffffff" not in text
 
 
