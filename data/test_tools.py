@@ -409,8 +409,8 @@ def test_each_sample_is_run_by_one_of_default_and_rest():
     seen = {"a": (0.1, ""), "b": (0.95, ""), "c": (None, ""), "d": (1.0, ""), "e": (1.0, "flaw")}
     lab.known["default"] = rows = {}
     for i, (margin, flaw) in seen.items():
-        rows[i] = {"margin": margin, "flaw": flaw, "grade": "after", "decision": "adapted"}
-        rows[i] |= {"before": {"grade": "before"}, "cost": {}}
+        more = {"grade": "after", "before": {"grade": "before"}, "cost": {}}
+        rows[i] = pair(i, "s", 0, 1, margin, flaw=flaw, **more)[1]
     chosen = {"icl": "ae", "rest": "bd", "itself": "abde", "paper": "a"}  # which sees no flaw
     assert {name: "".join(lab.chosen(name)) for name in chosen} == chosen
     lab.known["icl"] = {"a": {"grade": "shown"}, "e": {"grade": "shown"}}
@@ -511,7 +511,7 @@ def lab_of_kept(kept, head):
     folder = HERE if model == "model" else Path(os.environ.get("MODELS", "none"))
     file = kept.name.split(f"-{name}-{seed}-")[0] + ".jsonl"
     data, *_ = [*HERE.glob(file), *SHARED.glob(f"*/{file}"), Path("none")]
-    args = experiments.parse_arguments(["real", name, f"--flags=--dtype {head['flags']['dtype']}"])
+    args = experiments.parse_arguments(["--kept", f"--flags=--dtype {head['flags']['dtype']}"])
     lab = experiments.Lab(args, str(folder / model), data, seed)
     needed = [data, folder / model]
     if experiments.METHODS[name].needs and folder != HERE:  # our own texts are in the rows
