@@ -410,7 +410,7 @@ def test_each_sample_is_run_by_one_of_default_and_rest():
     lab.known["default"] = rows = {}
     for i, (margin, flaw) in seen.items():
         more = {"grade": "after", "before": {"grade": "before"}, "cost": {}}
-        rows[i] = pair(i, "s", 0, 1, margin, flaw=flaw, **more)[1]
+        rows[i] = pair(i, "s", 0, 1, margin, flaw=flaw)[1] | more
     chosen = {"icl": "ae", "rest": "bd", "itself": "abde", "paper": "a"}  # which sees no flaw
     assert {name: "".join(lab.chosen(name)) for name in chosen} == chosen
     lab.known["icl"] = {"a": {"grade": "shown"}, "e": {"grade": "shown"}}
