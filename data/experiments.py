@@ -3,14 +3,12 @@
     python data/experiments.py own                       # the embedded model on data/test.jsonl
     python data/experiments.py real --model FOLDER --data FILE ... --pool FILE ...
     python data/experiments.py choice --model FOLDER --data DEVFILE --limit 60
-    python data/experiments.py real default paper ...    # these methods alone, others later
     python data/experiments.py --kept                    # tables and figures of kept rows alone
     python data/experiments.py real --quick              # does all of it run? Keeps nothing
 
-Rows go to data/results/rows/ as they come; a run that was cut off goes on. With RANK and WORLD_SIZE
-in the environment, processes share those of a method, and a last one without packs them. Of data
-that does not lie in this folder rows hold no texts: these go to runs/texts/, where methods that
-share TT-SI's pairs find them. Tables and figures are made of rows alone, into data/results/.
+Rows go to data/results/rows/ as they come; a run that was cut off goes on. Processes with RANK and
+WORLD_SIZE share those of a method, and a last one without packs them. Of data outside this folder
+rows hold no texts: these go to runs/texts/, where methods that share TT-SI's pairs find them.
 """
 
 import argparse
@@ -24,7 +22,6 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,42 +35,31 @@ import figures  # noqa: E402
 import ttsi  # noqa: E402
 
 RESULTS = HERE / "results"
-TEXTS = HERE.parent / "runs" / "texts"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LABELS, SFT_BATCH, SFT_EPOCHS, SFT_RATE = 200, 2, 3, 0.1
 TEACHER = str(HERE / "teacher")  # who writes the pairs of TT-D
 OF_ALL = ("read", "direct", "score")  # stages that no gate can spare
-PLACES = {"test": "own world", "canonical_294": "Seal-Tools", "sealtool": "Seal-Tools"}
-PLACES |= {"canonical_real": "ToolAlpaca", "toolalpaca": "ToolAlpaca"}
+PLACES = {"test": "own world", "canonical_294": "Seal-Tools", "canonical_real": "ToolAlpaca"}
 PLACES |= {"canonical_318": "NexusRaven", "canonical_l1": "API-Bank", "canonical_l2": "API-Bank"}
-PLACES |= {"apibank_l1": "API-Bank", "apibank_l2": "API-Bank"}
 
 
 # ------------------------------------------------------------------------------------ methods
 # Each is a function (model, tok, sample, cfg) -> Result, and a sample holds no label. What it needs
-# besides comes last.
+# besides comes last. Lessons are labelled samples to learn from: TT-SI's pairs, for example.
 def adapted(model, tok, sample, cfg):
     """TT-SI as if any margin were small."""
     return ttsi.tt_si(model, tok, sample, dataclasses.replace(cfg, tau=2.0))
 
 
-def retrained(model, tok, sample, cfg, pairs, about=None, adapter=ttsi.temporary_lora):
-    """TT-SI with other settings of T, on pairs that are there, about this sample's tools or
-    another's."""
-    x = ttsi.prepare(tok, about or sample, cfg)
-    spans = [ttsi.span(tok, x, pair["request"], pair["call"]) for pair in pairs]
-    return trained_on(model, tok, sample, cfg, spans, adapter)
-
-
-def trained_on(model, tok, sample, cfg, spans, adapter=ttsi.temporary_lora):
-    """T on spans, and an answer; the LoRA acts behind what all of them begin with."""
+def trained(model, tok, sample, cfg, lessons, adapter=ttsi.temporary_lora):
+    """T on lessons, and an answer; the LoRA acts behind what all of them begin with."""
     x = ttsi.prepare(tok, sample, cfg)
-    if not spans:
+    if not lessons:
         return answered(model, x, x.ids, cfg)
     result = ttsi.Result(x.id, cost={}, decision="adapted")
+    spans = [lesson_span(tok, lesson, cfg) for lesson in lessons]
     head = x.ids[: x.head] if cfg.adapt == "suffix" else []
-    shared = os.path.commonprefix([head, *(ids for ids, _ in spans)])
-    frozen = ttsi.Prefix(model, shared)
+    frozen = ttsi.Prefix(model, os.path.commonprefix([head, *(ids for ids, _ in spans)]))
     with adapter(model, cfg, ttsi.draw(cfg.seed, x.id, "adapter")) as parameters:
         with ttsi.measured(model, result.cost, "train"):
             result.loss = ttsi.train(spans, frozen, parameters, cfg)
@@ -82,9 +68,16 @@ def trained_on(model, tok, sample, cfg, spans, adapter=ttsi.temporary_lora):
     return result
 
 
-def anothers(model, tok, sample, cfg, other):
-    """T on the pairs of another item, about that item's tools."""
-    return retrained(model, tok, sample, cfg, other["kept"], about=other)
+def lesson_span(tok, lesson, cfg):
+    """-> (ids, begin): a lesson's prompt, about its own tools, and from begin on its call."""
+    tools = ttsi.prepare(tok, lesson, cfg).tools
+    return ttsi.encode(tok, tools, lesson["messages"], lesson["call"])
+
+
+def alike(a, b):
+    """The share of common words among all words of two texts."""
+    a, b = (set(re.findall(r"\w+", text.casefold())) for text in (a, b))
+    return len(a & b) / max(len(a | b), 1)
 
 
 @contextmanager
@@ -93,23 +86,16 @@ def bias_vector(model, cfg, rng):
     2511.04847) -> [it], float32. It goes with the block."""
     head = model.get_output_embeddings()
     bias = torch.zeros(head.weight.shape[1], device=model.device, requires_grad=True)
-    hook = head.register_forward_pre_hook(lambda _, h: ((h[0].float() + bias).to(h[0].dtype),))
-    try:
+    with head.register_forward_pre_hook(lambda _, h: ((h[0].float() + bias).to(h[0].dtype),)):
         yield [bias]
-    finally:
-        hook.remove()
 
 
-biased = functools.partial(retrained, adapter=bias_vector)
-
-
-def nearest_tool(model, tok, sample, cfg, pairs):
-    """No training: the tool of the pair that has most words in common with the request. The base
-    fills in its arguments."""
+def nearest_tool(model, tok, sample, cfg, lessons):
+    """No training: the base fills in a call of the tool whose lesson is most like the request."""
     x = ttsi.prepare(tok, sample, cfg)
-    if not pairs:
+    if not lessons:
         return answered(model, x, x.ids, cfg)
-    nearest = max(pairs, key=lambda pair: alike(pair["request"], x.request))
+    nearest = max(lessons, key=lambda it: alike(it["messages"][-1]["content"], x.request))
     call = ttsi.call_text(tok, {"name": nearest["call"]["name"], "arguments": {}})
     before, after = call.split("{}", 1)
     return answered(model, x, x.ids, cfg, (before.rstrip(), after))
@@ -138,19 +124,13 @@ def struck(model, tok, sample, cfg, row):
     return result
 
 
-def alike(a, b):
-    """The share of common words among all words of two texts."""
-    a, b = (set(re.findall(r"\w+", text.casefold())) for text in (a, b))
-    return len(a & b) / max(len(a | b), 1)
-
-
-def shown(model, tok, sample, cfg, pairs):
-    """TT-ICL: no training; the pairs stand before the request, as turns of one dialogue."""
+def shown(model, tok, sample, cfg, lessons):
+    """TT-ICL: no training; the lessons stand before the request, as turns of one dialogue."""
     x = ttsi.prepare(tok, sample, cfg)
     turns = []
-    for pair in pairs:
-        call = {"id": ttsi.ID, "type": "function", "function": pair["call"]}
-        turns.append({"role": "user", "content": pair["request"]})
+    for lesson in lessons:
+        call = {"id": ttsi.ID, "type": "function", "function": lesson["call"]}
+        turns.append(lesson["messages"][-1])
         turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
     rest = [message for message in sample["messages"] if message["role"] != "system"]
     ids, _ = ttsi.encode(tok, x.tools, [*x.system, *turns, *rest])
@@ -178,8 +158,7 @@ def best_of(model, tok, sample, cfg, tokens):
 
 
 def sampled(model, tok, sample, cfg, tokens):
-    """-> (Result without an answer, the Prefix of the prompt, answers: as many as the tokens
-    allow, four at a time)"""
+    """-> (Result without an answer, the Prefix of the prompt, as many answers as tokens allow)"""
     result = ttsi.Result(sample["id"], cost={"answer": [0.0, 0]}, decision="sampled")
     x, texts = ttsi.prepare(tok, sample, cfg), []
     read = ttsi.Prefix(model, x.ids[:-1])
@@ -201,49 +180,25 @@ def fine_tuned(model, tok, sample, cfg, tuned):
 
 def fine_tune(model, tok, pool, cfg):
     """-> the parameters of one LoRA. Batches of labelled samples, a step each, cosine."""
-    order = []
-    for epoch in range(SFT_EPOCHS):
-        order += torch.randperm(len(pool), generator=ttsi.draw(cfg.seed, "sft", epoch)).tolist()
-    batches = [order[i : i + SFT_BATCH] for i in range(0, len(order), SFT_BATCH)]
+    rng = ttsi.draw(cfg.seed, "order")
+    epochs = [torch.randperm(len(pool), generator=rng) for _ in range(SFT_EPOCHS)]
+    batches = torch.cat(epochs).split(SFT_BATCH)
     with ttsi.temporary_lora(model, cfg, ttsi.draw(cfg.seed, "sft")) as lora:
         for step, batch in enumerate(tqdm(batches, desc=f"SFT on {len(pool)} labels")):
             lr = SFT_RATE * (1 + math.cos(math.pi * step / len(batches))) / 2
             now = dataclasses.replace(cfg, lr=lr, epochs=1)
-            spans = [labelled_span(tok, pool[i], cfg) for i in batch]
+            spans = [lesson_span(tok, pool[i], cfg) for i in batch]
             ttsi.train(spans, ttsi.Prefix(model, []), lora, now)
         return [parameter.detach().clone() for parameter in lora]
 
 
-def labelled_span(tok, sample, cfg):
-    tools = ttsi.prepare(tok, sample, cfg).tools
-    return ttsi.encode(tok, tools, sample["messages"], sample["call"])
-
-
-def neighbours(model, tok, sample, cfg, pool):
-    """TTT-NN: T on the three labelled samples whose requests have most words in common with this
-    one, each about its own tools."""
-    ordered = sorted(pool, key=lambda other: alike(request_of(other), request_of(sample)))
-    spans = [labelled_span(tok, other, cfg) for other in ordered[-3:]]
-    return trained_on(model, tok, sample, cfg, spans)
-
-
-def request_of(sample):
-    return " ".join(m["content"] for m in sample["messages"] if m["role"] == "user")
-
-
-def itself(model, tok, sample, cfg, label):
-    """NOT a method, a bound: T on the item itself, label included."""
-    span = labelled_span(tok, sample | {"call": label}, cfg)
-    return trained_on(model, tok, sample, cfg, [span])
-
-
 # --------------------------------------------------------------------------------------- rows
 class Lab:
-    """One model on one file of labelled samples, and the rows of all methods."""
+    """One model on one file of labelled samples by one seed, and the rows of all methods."""
 
-    def __init__(self, args, data):
-        self.args, self.data, self.known = args, Path(data), {}
-        self.place = PLACES.get(self.data.stem, self.data.stem)
+    def __init__(self, args, model, data, seed):
+        self.args, self.model, self.data, self.seed = args, model, Path(data), seed
+        self.known = {}
 
     @functools.cached_property
     def samples(self):
@@ -254,78 +209,81 @@ class Lab:
 
     @property
     def base(self):
-        """(model, tokenizer)"""
-        return loaded(self.args.model, self.args.flags)
+        return loaded(self.model, self.args.flags)
 
-    def config(self, name, seed):
-        flags = f"{self.args.flags} {method_of(name).flags}"
-        return dataclasses.replace(ttsi.parse_arguments(flags.split()), seed=seed)
+    def config(self, name):
+        flags = f"{self.args.flags} {METHODS[name].flags}"
+        return dataclasses.replace(ttsi.parse_arguments(flags.split()), seed=self.seed)
 
-    def rows(self, name, seed):
-        """-> {id: row} of a method, in the order of ids; what is missing is made. With --kept:
-        None, where something is missing."""
-        if (name, seed) not in self.known:
-            chosen = self.chosen(name, seed)
+    def rows(self, name):
+        """-> {id: row} of a method, in the order of ids; without --kept all are made."""
+        if name not in self.known:
+            chosen = self.chosen(name)
             if not self.args.kept:
-                self.make(name, seed, chosen)
-            _, rows = read_rows(self.path(name, seed))
-            if not rows.keys() >= {*chosen}:
-                return None
-            self.known[name, seed] = {i: rows[i] for i in chosen}
-        return self.known[name, seed]
+                self.make(name, chosen)
+            _, rows = read_rows(self.path(name))
+            self.known[name] = {i: rows[i] for i in chosen if i in rows}
+        return self.known[name]
 
-    def texts(self, name, seed):
-        """-> the same rows with their texts, read once."""
-        if ("texts", name, seed) not in self.known:
-            rows, path = self.rows(name, seed), self.path(name, seed, whole=True)
-            _, whole = read_rows(path)
-            ttsi.need(rows.keys() <= whole.keys(), f"{path} lacks texts: give other --rows")
-            self.known["texts", name, seed] = {i: whole[i] for i in rows}
-        return self.known["texts", name, seed]
+    def run(self, names):
+        """-> [(direct row, row), ...]: the rest was answered directly. Empty: rows are missing."""
+        direct = {i: direct_row(row) for i, row in self.rows("default").items()}
+        found = dict(direct)
+        for name in names:
+            if not self.rows(name).keys() >= {*self.chosen(name)}:
+                return []
+            found |= self.rows(name)
+        return [(direct[i], found[i] | {"seed": self.seed}) for i in direct]
 
-    def chosen(self, name, seed):
+    @functools.cached_property
+    def texts(self):
+        """TT-SI's rows with their texts."""
+        rows, path = self.rows("default"), self.path("default", whole=True)
+        _, whole = read_rows(path)
+        ttsi.need(rows.keys() <= whole.keys(), f"{path} lacks texts: give other --rows")
+        return {i: whole[i] for i in rows}
+
+    def chosen(self, name):
         """-> the ids that a method is run on, in their order."""
         if name == "default":
-            ids = read_rows(self.path(name, seed))[1] if self.args.kept else self.samples
+            ids = read_rows(self.path(name))[1] if self.args.kept else self.samples
             return sorted(seeded(ids)[: self.args.limit or None])
-        rows, on = self.rows("default", seed) or {}, method_of(name).on
+        rows, on = self.rows("default"), METHODS[name].on
         answered = [i for i in rows if rows[i]["margin"] is not None]
         if on == "all" or self.args.quick:
             return answered
-        cfg = self.config(name, seed)
+        cfg = self.config(name)
         flawed = {i for i in answered if rows[i]["flaw"] and cfg.check and cfg.tau > 0}
         unsure = {i for i in answered if rows[i]["margin"] < cfg.tau} | flawed
         return [i for i in answered if (i in unsure) == (on == "uncertain")]
 
-    def path(self, name, seed, whole=False):
+    def path(self, name, whole=False):
         """-> the file of a method's rows; whole ones, with a benchmark's texts, lie elsewhere."""
         is_ours = HERE in self.data.resolve().parents
         folder = self.args.texts if whole and not is_ours else self.args.rows
-        key = hashlib.sha256(f"{name} {method_of(name).flags}".encode()).hexdigest()[:8]
-        file = f"{self.data.stem}-{name}-{seed}-{key}.jsonl"
-        return Path(folder) / Path(self.args.model).name / file
+        key = hashlib.sha256(f"{name} {METHODS[name].flags}".encode()).hexdigest()[:8]
+        file = f"{self.data.stem}-{name}-{self.seed}-{key}.jsonl"
+        return Path(folder) / Path(self.model).name / file
 
-    def head(self, name, seed):
+    def head(self, name):
         """-> the first line of a file: method, settings, data and weights of its rows."""
-        pool = self.args.pool
-        more = {Lab.pool: pool, Lab.tuned: pool, Lab.teacher: weights(TEACHER)}
-        files = [self.data, *weights(self.args.model), *more.get(method_of(name).needs, [])]
-        flags = vars(self.config(name, seed)) | {"model": "", "device": ""}
+        more = {"sft": self.args.pool, "teacher": weights(TEACHER)}
+        files = [self.data, *weights(self.model), *more.get(name, [])]
+        flags = vars(self.config(name)) | {"model": "", "device": ""}
         return {"rows of": name, "flags": flags, "files": [*map(digest, files)]}
 
-    def make(self, name, seed, chosen):
+    def make(self, name, chosen):
         """Makes the rows that are missing, each kept as it comes."""
-        path, whole = self.path(name, seed), self.path(name, seed, whole=True)
-        head = self.head(name, seed)
+        path, whole = self.path(name), self.path(name, whole=True)
+        head = self.head(name)
         kept, rows = read_rows(path)
-        same = kept in (None, head)
-        ttsi.need(same, f"{path}*: of other settings, data or weights; remove, or give --rows")
+        ttsi.need(kept in (None, head), f"{path}*: other settings, data or weights; give --rows")
         mine = [i for i in seeded(chosen)[RANK::WORLD] if i not in rows]
         if mine:
             for file in {path, whole}:
                 begin(file, head)
         for i in tqdm(mine, desc=path.stem, disable=not mine):
-            row = self.row(name, seed, i)
+            row = self.row(name, i)
             append(whole, row)
             if whole != path:
                 append(path, slim(row))
@@ -334,21 +292,21 @@ class Lab:
         if path.exists() and WORLD == 1:
             pack(path)
 
-    def row(self, name, seed, i):
+    def row(self, name, i):
         """-> what a method does with a sample. Only then is the sample's label looked at."""
-        method, sample = method_of(name), self.samples[i]
-        more = [method.needs(self, seed, i)] if method.needs else []
+        method, sample = METHODS[name], self.samples[i]
+        unlabelled = {key: value for key, value in sample.items() if key != "call"}
+        more = [method.needs(self, i)] if method.needs else []
         try:
-            cfg = self.config(name, seed)
-            result = method.answer(*self.base, unlabelled(sample), cfg, *more)
+            result = method.answer(*self.base, unlabelled, self.config(name), *more)
         except ttsi.InputError as e:  # beyond the context, or refused by the chat template
             result = ttsi.Result(i, cost={}, decision=f"not answered: {e}")
         row = dataclasses.asdict(result)
         # What was done once, before the gate and to write pairs, all have paid for.
         if method.on == "uncertain":
-            before = self.rows("default", seed)[i]
+            before = self.rows("default")[i]
             row["cost"] = direct_row(before)["cost"] | row["cost"]
-            if method.needs in (Lab.pairs, Lab.other):
+            if method.needs in (Lab.lessons, Lab.others):
                 row["cost"]["generate"] = before["cost"]["generate"]
         row |= scored(result.answer, sample["call"])
         row["before"] = scored(result.direct, sample["call"])
@@ -359,52 +317,47 @@ class Lab:
         how = {"parse_float": lambda x: round(float(x), 5), "parse_constant": lambda x: None}
         return json.loads(json.dumps(row), **how)
 
-    # What methods need besides, of a seed and a sample.
-    def default(self, seed, i):
-        """-> TT-SI's row, with its texts."""
-        return self.texts("default", seed)[i]
+    # What methods need besides, of a sample.
+    def default(self, i):
+        return self.texts[i]
 
-    def pairs(self, seed, i):
+    def lessons(self, i):
         """-> the pairs that TT-SI trained on."""
-        return self.default(seed, i)["pairs"]
+        sample, lessons = self.samples[i], []
+        system = [message for message in sample["messages"] if message["role"] == "system"]
+        for pair in self.texts[i]["pairs"]:
+            turn = {"role": "user", "content": pair["request"]}
+            lessons.append(sample | {"messages": [*system, turn], "call": pair["call"]})
+        return lessons
 
-    def other(self, seed, i):
-        """-> the next sample that has pairs, without its label, and these pairs as `kept`."""
-        rows = self.texts("default", seed)
-        others = [j for j in rows if j != i and rows[j]["pairs"]]
-        ttsi.need(others, f"{i}: no other sample has pairs; give a higher --limit")
-        j = min(others, key=lambda j: (j < i, j))  # behind the last comes the first
-        return unlabelled(self.samples[j]) | {"kept": rows[j]["pairs"]}
+    def others(self, i):
+        """-> those of the next sample that has some."""
+        having = [j for j in self.texts if j != i and self.texts[j]["pairs"]]
+        ttsi.need(having, f"{i}: no other sample has pairs; give a higher --limit")
+        return self.lessons(min(having, key=lambda j: (j < i, j)))  # behind the last the first
 
-    def tokens(self, seed, i):
+    def itself(self, i):
+        return [self.samples[i]]
+
+    def tokens(self, i):
         """-> how many tokens TT-SI has for G, for T and for its answer."""
-        cost = self.rows("default", seed)[i]["cost"]
+        cost = self.rows("default")[i]["cost"]
         return sum(tokens for stage, (_, tokens) in cost.items() if stage not in OF_ALL)
 
-    def label(self, seed, i):
-        return self.samples[i]["call"]
-
-    def teacher(self, seed, i):
+    def teacher(self, i):
         return loaded(TEACHER, self.args.flags)
 
-    def pool(self, seed, i):
-        return self.labelled
+    def tuned(self, i):
+        return self.lora
 
     @functools.cached_property
-    def labelled(self):
-        """The samples of --pool, without the requests of this file."""
-        ours = {request_of(sample) for sample in self.samples.values()}
+    def lora(self):
+        """That of SFT, trained once on --pool, without the dialogues of this file."""
+        ours = [sample["messages"] for sample in self.samples.values()]
         files = [ttsi.read_jsonl(path, ttsi.to_sample).values() for path in self.args.pool]
-        found = [s for file in files for s in file if "call" in s and request_of(s) not in ours]
-        ttsi.need(len(found) > 2, "give --pool FILE ..., three labelled samples and more")
-        return found
-
-    def tuned(self, seed, i):
-        """-> the LoRA of SFT, trained once a seed."""
-        if ("tuned", seed) not in self.known:
-            pool = self.labelled[: 8 if self.args.quick else LABELS]
-            self.known["tuned", seed] = fine_tune(*self.base, pool, self.config("sft", seed))
-        return self.known["tuned", seed]
+        pool = [s for file in files for s in file if "call" in s and s["messages"] not in ours]
+        ttsi.need(pool, "give --pool FILE ..., of labelled samples")
+        return fine_tune(*self.base, pool[: 8 if self.args.quick else LABELS], self.config("sft"))
 
 
 @functools.cache
@@ -413,17 +366,12 @@ def loaded(name, flags):
 
 
 def seeded(ids):
-    """Ids in an order of their own: the first of a file may be the easy ones. So those that a cut
-    off run has made are a fair part, and more can be added later."""
+    """Ids by a hash, since the first may be the easy ones: any number of them is a fair part."""
     return sorted(ids, key=lambda i: hashlib.sha256(i.encode()).hexdigest())
 
 
 def scored(text, gold):
     return {"grade": ttsi.grade(text, gold), "f1": figures.f1_counts(ttsi.parse(text), gold)}
-
-
-def unlabelled(sample):
-    return {key: value for key, value in sample.items() if key != "call"}
 
 
 def slim(row):
@@ -457,12 +405,11 @@ def digest(path):
 
 def read_rows(path):
     """-> (head or None, {id: row}): those that are packed, and whole lines of what came later."""
-    lines, packed = [], path.with_suffix(".jsonl.gz")
-    if packed.exists():
-        lines += gzip.decompress(packed.read_bytes()).splitlines(keepends=True)
-    if path.exists():
-        lines += path.read_bytes().splitlines(keepends=True)
-    head, *rows = [json.loads(line) for line in lines if line.endswith(b"\n")] or [None]
+    packed = path.with_suffix(".jsonl.gz")
+    text = gzip.decompress(packed.read_bytes()) if packed.exists() else b""
+    text += path.read_bytes() if path.exists() else b""
+    *lines, _ = text.split(b"\n")
+    head, *rows = [*map(json.loads, lines)] or [None]
     return head, {row["id"]: row for row in rows if "id" in row}
 
 
@@ -470,11 +417,10 @@ def begin(path, head):
     """Makes a file ready for rows: a torn last line is cut off, and a head stands first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    text = path.read_bytes()
-    whole = text.rfind(b"\n") + 1
-    if whole < len(text):
-        os.truncate(path, whole)
-    if not whole:
+    *lines, torn = path.read_bytes().split(b"\n")
+    if torn:
+        os.truncate(path, sum(len(line) + 1 for line in lines))
+    if not lines:
         append(path, head)
 
 
@@ -498,187 +444,122 @@ def pack(path):
 @dataclasses.dataclass(frozen=True)
 class Method:
     label: str
-    answer: Callable
+    answer: object  # the function
     flags: str = ""  # of ttsi.py
     on: str = "uncertain"  # "certain", "all": what it is run on; the others are answered directly
-    needs: Callable | None = None  # (lab, seed, id) -> what it takes besides
+    needs: object = None  # a function (lab, id) -> what it takes besides
 
 
+biased = functools.partial(trained, adapter=bias_vector)
 METHODS = {
     "default": Method("TT-SI", ttsi.tt_si, on="all"),
     "rest": Method("adapt the certain alone", adapted, on="certain"),
     "paper": Method("the paper's setting", ttsi.tt_si, "--paper"),
-    "anothers": Method("another item's pairs", anothers, needs=Lab.other),
+    "anothers": Method("another item's pairs", trained, needs=Lab.others),
     "struck": Method("unsaid options struck out by rule", struck, on="all", needs=Lab.default),
-    "nearest": Method("nearest pair's tool, no training", nearest_tool, needs=Lab.pairs),
-    "icl": Method("pairs in the prompt (TT-ICL)", shown, needs=Lab.pairs),
-    "bias": Method("a bias vector for the LoRA", biased, needs=Lab.pairs),
+    "nearest": Method("nearest pair's tool, no training", nearest_tool, needs=Lab.lessons),
+    "icl": Method("pairs in the prompt (TT-ICL)", shown, needs=Lab.lessons),
+    "bias": Method("a bias vector for the LoRA", biased, needs=Lab.lessons),
     "vote": Method("vote, at TT-SI's tokens", vote, "--temperature 1", needs=Lab.tokens),
     "best": Method("best of N, at TT-SI's tokens", best_of, "--temperature 1", needs=Lab.tokens),
     "teacher": Method("a teacher's pairs (TT-D)", ttsi.tt_si, needs=Lab.teacher),
-    "neighbours": Method("3 nearest labelled (TTT-NN)", neighbours, needs=Lab.pool),
     "sft": Method(f"SFT on {LABELS} labels", fine_tuned, "--adapt full", "all", Lab.tuned),
-    "itself": Method("the item itself, a bound", itself, on="all", needs=Lab.label),
+    "itself": Method("the item itself, a bound", trained, on="all", needs=Lab.itself),
 }
-ALL = "adapt all (tau 2)"  # the rows of two methods, `default` and `rest`
+ALL, BOTH = "adapt all (tau 2)", "default rest"  # a line of two methods' rows
 
-# What `choice` compares: FORK HERE. A cell that changes T alone takes the pairs of the default.
-CELLS = {
-    "rate-0.4": "--lr 0.4",
-    "rate-0.7": "--lr 0.7",
-    "3-steps": "--epochs 3",
-    "10-steps": "--epochs 10",
-    "adapt-full": "--adapt full",
-    "adamw": "--optimizer adamw --lr 1e-3",
-    "given-name": "--given name",
-    "given-nothing": "--given nothing",
-    "temperature-1": "--temperature 1",
-    "8-drafts": "--drafts 8",
-    "3-tools": "--k 3",
-    "no-check": "--no-check",
-}
-OF_T = {"lr", "epochs", "optimizer", "adapt", "lora_rank", "lora_alpha"}
-
-CONTROLS = ["struck", "anothers", "nearest", "icl", "vote", "best", "bias"]
-CONTROLS += ["sft", "neighbours", "itself"]
+# Cells, what `choice` compares: FORK HERE. Those of T take the pairs of the default.
+OF_T = ["--lr 0.4", "--lr 0.7", "--epochs 3", "--epochs 10", "--adapt full"]
+OF_G = ["--given name", "--given nothing", "--temperature 1", "--drafts 8", "--paper --lr 1e-3"]
+CELLS = {flags.replace("--", "").replace(" ", "-"): flags for flags in OF_T + OF_G}
+for name, flags in CELLS.items():
+    METHODS[name] = Method(f"`{flags}`", ttsi.tt_si, flags)
+    if flags in OF_T:
+        METHODS[name] = Method(f"`{flags}`", trained, flags, needs=Lab.lessons)
+CONTROLS = ["struck", "anothers", "nearest", "icl", "vote", "best", "bias", "sft", "itself"]
 GROUPS = {  # group -> {table: its lines}
-    "own": {"own": ["default", ALL, "rest", "anothers", "nearest", "icl", "teacher"]},
-    "real": {"real": ["default", "paper", ALL, "rest"], "controls": CONTROLS},
+    "own": {"own": ["default", BOTH, "rest", "anothers", "nearest", "icl", "teacher"]},
+    "real": {"real": ["default", "paper", BOTH, "rest"], "controls": CONTROLS},
     "choice": {"choice": ["default", "struck", "itself", *CELLS]},
 }
 
 
-def method_of(name):
-    """-> a Method, or the one that a cell is."""
-    if name in METHODS:
-        return METHODS[name]
-    flags, default = CELLS[name], vars(ttsi.Config())
-    found = vars(ttsi.parse_arguments(flags.split()))
-    if {key for key in found if found[key] != default[key]} <= OF_T:
-        return Method(f"`{flags}`", retrained, flags, needs=Lab.pairs)
-    return Method(f"`{flags}`", ttsi.tt_si, flags)
-
-
 # ------------------------------------------------------------------------------------- tables
-def run_of(lab, names, seed):
-    """-> [(direct row, row), ...]: what no method was run on was answered directly. None: rows are
-    missing."""
-    default, *others = [lab.rows(name, seed) for name in ["default", *names]]
-    if None in (default, *others):
-        return None
-    direct = {i: direct_row(row) for i, row in default.items()}
-    found = dict(direct)
-    for rows in others:
-        found |= rows
-    return [(row, found[i]) for i, row in direct.items()]
-
-
 def places_of(labs, names):
-    """-> {place: {seed: run}}; a place may have several files, and counts if all have rows."""
-    places = {}
-    for place in dict.fromkeys(lab.place for lab in labs):
-        for seed in labs[0].args.seeds:
-            runs = [run_of(lab, names, seed) for lab in labs if lab.place == place]
-            if all(runs):
-                places.setdefault(place, {})[seed] = sum(runs, [])
+    """-> {place: run of all seeds}; a place may have several files, and counts if all have rows."""
+    parts, places = {}, {}
+    for lab in labs:
+        place = PLACES.get(lab.data.stem, lab.data.stem)
+        parts.setdefault((place, lab.seed), []).append(lab.run(names))
+    for (place, _), runs in parts.items():
+        if all(runs):
+            places[place] = places.get(place, []) + sum(runs, [])
     return places
 
 
-def results_of(group, args, files):
-    """Makes what is missing of a group -> {table: {label: {place: {seed: run}}}}"""
-    labs = [Lab(args, path) for path in files]
+def results_of(group, labs, methods):
+    """Makes what is missing of a group -> {table: {label: {place: run}}}"""
     found = {table: {} for table in GROUPS[group]}
     for table, lines in GROUPS[group].items():
         for line in lines:
-            names = ["default", "rest"] if line == ALL else [line]
-            label = ALL if line == ALL else method_of(line).label
-            if {*names} <= {*args.methods} or not args.methods:
+            names = line.split()
+            label = METHODS[line].label if line in METHODS else ALL
+            if {*names} <= {*methods} or not methods:
                 found[table][label] = places_of(labs, names)
-    ours = found.get("real", {}).get("TT-SI", {})
-    for name in figures.PARTS:
-        some = figures.part(ours, name)
-        if some and some != ours:
-            found["real"][f"TT-SI, {name}"] = some
+    if group == "real":
+        found["real"] |= figures.parts(found["real"].get("TT-SI", {}))
     return found
 
 
-def table_of(lines, ours, scored):
-    """{label: {place: {seed: run}}}, those of TT-SI, and whether with F1 -> a table."""
-    table = []
-    for label, places in lines.items():
-        for place, runs in places.items():
-            both = [] if label.startswith("TT-SI") else figures.against(ours.get(place, {}), runs)
-            table.append(figures.cells(label, place, [*runs.values()], both, scored))
-        if len(places) > 1:
-            mean = figures.difference([[*runs.values()] for runs in places.values()])
-            table.append({"": label, "items": f"mean of {len(places)}"})
-            table[-1]["difference [95 %]"] = figures.as_text(*mean)
-    return figures.markdown(table) if table else "No rows yet.\n"
-
-
-def publish(name, text, page):
-    """Writes a table into a page, between its marker and the next end."""
-    mark = re.escape(f"<!-- {name} -->\n")
+def publish(title, text, lines, folder):
+    """Writes a table into the page of results, between its marker and the next end; with figures
+    of all lines of its group where it is their first."""
+    name, page = title.replace(" ", "-"), folder / "README.md"
+    if lines.get(ALL):
+        figures.tau_curves(lines[ALL], folder / f"{name}-tau.svg")
+        text = f"![the gain over tau]({name}-tau.svg)\n\n{text}"
+    if lines:
+        figures.forest(lines, folder / f"{name}.svg")
+        text = f"![differences with their intervals]({name}.svg)\n\n{text}"
+    mark = re.escape(f"<!-- {title} -->\n")
     old = page.read_text(encoding="utf-8")
     new = re.sub(f"({mark}).*?(<!-- end -->)", lambda m: m[1] + text + m[2], old, flags=re.S)
     page.write_text(new, encoding="utf-8")
 
 
-def draw(found, name, folder):
-    """Of the tables of a group NAME.svg, the differences of all lines, and NAME-tau.svg, where all
-    were adapted -> markdown that shows them."""
-    lines = {label: places for table in found.values() for label, places in table.items()}
-    forest, curves = [], {}
-    for place in dict.fromkeys(place for places in lines.values() for place in places):
-        forest.append((place,))
-        for label, places in lines.items():
-            if place in places:
-                runs = [*places[place].values()]
-                forest.append((label, *figures.difference([runs])))
-                if label == ALL:
-                    curves[place] = figures.gain_by_tau(runs)
-    figures.forest(forest, folder / f"{name}.svg")
-    shown = f"![differences with their intervals]({name}.svg)\n\n"
-    if curves:
-        figures.tau_curves(curves, folder / f"{name}-tau.svg")
-        shown += f"![the gain over tau]({name}-tau.svg)\n\n"
-    return shown
-
-
 # ------------------------------------------------------------------------------------ running
-def files_of(group, args):
-    """-> {model: its files}: those that were given, or with --kept those that have rows."""
-    own = ttsi.Config.model
+def labs_of(group, args):
+    """-> labs, of the files that were given, or with --kept of those that have rows."""
     if not args.kept:
         data = args.data or ([HERE / "test.jsonl"] if group == "own" else [])
         ttsi.need(data, f"{group}: give --model FOLDER --data FILE ..., labelled samples")
-        return {args.model or own: data}
-    files = {}
+        return [Lab(args, args.model, path, seed) for path in data for seed in args.seeds]
+    labs = {}
     for path in sorted(Path(args.rows).glob("*/*-default-*")):
-        model, stem = path.parent.name, path.name.split("-default-")[0]
+        model, (stem, _, seed, _) = path.parent.name, path.name.rsplit("-", 3)
         kind = "choice" if "dev" in stem else "real"  # its name tells what is chosen on
-        if model == Path(own).name:
+        if model == Path(ttsi.Config.model).name:
             kind = "own"
-        if kind == group:
-            files.setdefault(model, {})[stem] = None
-    return files
+        if kind == group and int(seed) in args.seeds:
+            labs[model, stem, seed] = Lab(args, model, stem, int(seed))
+    return [*labs.values()]
 
 
 def parse_arguments(argv):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    p = argparse.ArgumentParser(**how)
     p.add_argument("group", nargs="?", help=f"one of {', '.join(GROUPS)}; none: all")
-    p.add_argument("methods", nargs="*", help=f"none: all; {', '.join(METHODS)}, or a cell")
-    p.add_argument("--model", default="", help="folder of a model, for real and choice")
+    p.add_argument("methods", nargs="*", help=f"none: all; {', '.join(METHODS)}")
+    p.add_argument("--model", default=ttsi.Config.model, help="its folder; none: the embedded one")
     p.add_argument("--data", nargs="*", default=[], help="files of labelled samples")
-    p.add_argument("--pool", nargs="*", default=[], help="other labelled files, for SFT and TTT-NN")
+    p.add_argument("--pool", nargs="*", default=[], help="other labelled files, for SFT")
     p.add_argument("--flags", default="", help='of ttsi.py, as in --flags="--dtype bfloat16"')
     p.add_argument("--seeds", nargs="*", type=int, default=[], help="none: 0; with --kept: all")
     p.add_argument("--limit", type=int, default=0, help="so many items of a file, by a hash")
     p.add_argument("--kept", action="store_true", help="of all kept rows; alone: writes the page")
     p.add_argument("--quick", action="store_true", help="two samples of each; keeps nothing")
-    p.add_argument("--rows", default=str(RESULTS / "rows"), help="where rows are kept")
-    p.add_argument("--texts", default=str(TEXTS), help="where those of benchmarks have their texts")
+    p.add_argument("--rows", default=RESULTS / "rows", help="where rows are kept")
+    p.add_argument("--texts", default=HERE.parent / "runs/texts", help="where their texts are kept")
     args = p.parse_args(argv)
     if args.quick:
         args.flags += " --tau 2"  # or nothing might be adapted
@@ -686,9 +567,8 @@ def parse_arguments(argv):
         args.data = args.data or [HERE / "dev.jsonl"]
         args.pool = args.pool or [HERE / "demo.jsonl"]
     args.seeds = args.seeds or [*range(10 if args.kept else 1)]
-    known = {*METHODS, *CELLS}
     ttsi.need(args.group in (None, *GROUPS), f"no group {args.group}: {', '.join(GROUPS)}")
-    ttsi.need(known >= {*args.methods}, f"no method {args.methods}: {', '.join(known)}")
+    ttsi.need(METHODS.keys() >= {*args.methods}, f"no such method; there are {', '.join(METHODS)}")
     ttsi.need(args.group or args.kept or args.quick, "give a group, --kept or --quick")
     needs_pool = args.group == "real" and not (args.methods or args.kept)
     ttsi.need(args.pool or not needs_pool, "real: give --pool FILE ..., or name the methods")
@@ -699,23 +579,20 @@ def main(argv, results=RESULTS):
     """The command line. With --kept alone tables go into results/README.md, and figures beside."""
     args = parse_arguments(argv)
     for group in [args.group] if args.group else GROUPS:
-        for model, files in files_of(group, args).items():
-            found = results_of(group, argparse.Namespace(**vars(args) | {"model": model}), files)
-            ours = next(iter(found.values())).get("TT-SI", {})
-            for table, lines in found.items():
+        labs = labs_of(group, args)
+        for model in dict.fromkeys(lab.model for lab in labs):
+            tables = results_of(group, [lab for lab in labs if lab.model == model], args.methods)
+            every = {label: places for lines in tables.values() for label, places in lines.items()}
+            for table, lines in tables.items():
                 title = table if group == "own" else f"{table} {Path(model).name}"
-                text = table_of(lines, ours, group == "real")
+                text = figures.table(lines, every.get("TT-SI", {}), group == "real")
                 print(f"\n{title}\n\n{text}", flush=True)
                 if argv == ["--kept"]:
-                    if table in ("own", "real"):
-                        text = draw(found, title.replace(" ", "-"), results) + text
-                    publish(title, text, results / "README.md")
+                    publish(title, text, every if table in ("own", "real") else {}, results)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (ttsi.InputError, OSError) as e:
         sys.exit(f"experiments: {e}")

@@ -1,8 +1,8 @@
-"""Numbers, tables and figures: all that is made of rows alone.
+"""Numbers, tables and figures of rows alone; for `python data/experiments.py`.
 
-It is imported by `python data/experiments.py`, which says how that is called. A run is what one
-method did for one seed: [(the direct answer's row, its own row), ...], item by item. Figures are
-SVG on a transparent ground, for pages on white and on black, and as narrow as a telephone.
+A run is what one method did at one place: [(the direct answer's row, its own row), ...] of all
+items and seeds; lines are {a method's label: {place: run}}. Figures are SVG on a transparent
+ground, for pages on white and on black, and as narrow as a telephone.
 """
 
 import math
@@ -27,10 +27,10 @@ def bootstrap(changes, resamples=10_000):
     return sums[drawn].sum(1) / sizes[drawn].sum(1)
 
 
-def changes_of(runs):
-    """Runs of several seeds -> {list of tools: [an item's mean change of right calls, points]}"""
+def changes_of(run):
+    """-> {list of tools: [an item's change of right calls, points, in the mean of seeds]}"""
     items = {}
-    for before, after in sum(runs, []):
+    for before, after in run:
         item = items.setdefault((after["tools"], after["id"]), [])
         item.append(100 * (after["grade"][1] - before["grade"][1]))
     changes = {}
@@ -39,10 +39,9 @@ def changes_of(runs):
     return changes
 
 
-def difference(places):
-    """Runs of each place -> [points of right calls, and their 95 % interval]; of several places
-    the mean, in which each counts once."""
-    changes = [changes_of(runs) for runs in places]
+def difference(*runs):
+    """-> [points of right calls, and their 95 % interval]; of several runs each counts once."""
+    changes = [changes_of(run) for run in runs]
     means = [statistics.mean(c for items in place.values() for c in items) for place in changes]
     drawn = torch.stack([bootstrap(place) for place in changes]).mean(0)
     quantiles = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype))
@@ -51,9 +50,8 @@ def difference(places):
 
 def f1_counts(call, gold):
     """-> [names right, written, wanted, arguments right, written, wanted], as Hammer's scorer has
-    them (github.com/MadeAgents/Hammer, evaluation/evaluate.py): values are compared as text, empty
-    ones are left out, another tool's arguments are all wrong; of two calls without arguments one
-    is right. An answer without a call has written a wrong name."""
+    them (github.com/MadeAgents/Hammer, evaluation/evaluate.py): values as text, without empty ones;
+    another tool's are all wrong; of two empty calls one is right; no call is a wrong name."""
     wanted = {key: str(value) for key, value in gold["arguments"].items() if value != ""}
     if not call:
         return [0, 1, 1, 0, 0, len(wanted)]
@@ -68,31 +66,29 @@ def f1_counts(call, gold):
 def f1(rows):
     """-> micro-F1 of the names and of the arguments, percent, of what `f1_counts` counted."""
     sums = [sum(column) for column in zip(*(row["f1"] for row in rows), strict=True)]
-    parts = sums[:3], sums[3:]
-    return [200 * right / max(written + wanted, 1) for right, written, wanted in parts]
+    return [200 * a / max(b + c, 1) for a, b, c in (sums[:3], sums[3:])]
 
 
-def cost_ratio(pairs, unit):
+def cost_ratio(run, unit):
     """Seconds (0) or tokens (1) of a method, as a multiple of those of direct answers."""
-    spent = sum(cost[unit] for _, row in pairs for cost in row["cost"].values())
-    answered = [row["cost"] for row, _ in pairs if row["cost"]]
+    spent = sum(cost[unit] for _, row in run for cost in row["cost"].values())
+    answered = [row["cost"] for row, _ in run if row["cost"]]
     return spent / sum(cost[stage][unit] for cost in answered for stage in ("read", "direct"))
 
 
-def gain_by_tau(runs):
-    """Runs in which everyone was adapted -> [(tau, gain if those below it are adapted, gain if the
+def gain_by_tau(run):
+    """A run in which everyone was adapted -> [(tau, gain if those below it are adapted, gain if the
     others are)], in points, for each tau at which something changes, beginning with 0."""
-    pairs = [pair for run in runs for pair in run if pair[0]["margin"] is not None]
     changes = []
-    for before, after in pairs:
-        sure = 0.0 if before["flaw"] else before["margin"]  # as `doubtful_tools` has it
+    for before, after in run:
+        sure = (not before["flaw"] and before["margin"]) or 0.0  # as `doubtful_tools` has it
         changes.append((sure, 100 * (after["grade"][1] - before["grade"][1])))
     below, above = 0, sum(change for _, change in changes)
-    points = [(0.0, 0.0, above / len(pairs))]
+    points = [(0.0, 0.0, above / len(run))]
     for margin, change in sorted(changes):
         below += change
         above -= change
-        points.append((margin, below / len(pairs), above / len(pairs)))
+        points.append((margin, below / len(run), above / len(run)))
     return points
 
 
@@ -110,65 +106,67 @@ PARTS = {  # of the items, by TT-SI's direct rows
 }
 
 
-def part(places, name):
-    """{place: {seed: run}} -> what of it is in a part, but for places without."""
-    found = {}
-    for place, runs in places.items():
-        for seed, run in runs.items():
-            items = [pair for pair in run if PARTS[name](pair[0])]
-            if items:
-                found.setdefault(place, {})[seed] = items
-    return found
+def parts(places):
+    """TT-SI's {place: run} -> lines of its parts, but for empty ones and what is all of it."""
+    lines = {}
+    for name, is_in in PARTS.items():
+        found = {place: [pair for pair in run if is_in(pair[0])] for place, run in places.items()}
+        lines[f"TT-SI, {name}"] = {place: run for place, run in found.items() if run}
+    return {label: found for label, found in lines.items() if found not in ({}, places)}
 
 
 def against(ours, theirs):
-    """{seed: run} of two methods -> runs, from theirs to ours, of the seeds that both have."""
-    runs = []
-    for seed in ours.keys() & theirs.keys():
-        mine = {row["id"]: row for _, row in ours[seed]}
-        runs.append([(row, mine[row["id"]]) for _, row in theirs[seed] if row["id"] in mine])
-    return runs
+    """Runs of two methods -> one from theirs to ours, of what both have."""
+    mine = {(row["seed"], row["id"]): row for _, row in ours}
+    both = [(row, mine.get((row["seed"], row["id"]))) for _, row in theirs]
+    return [pair for pair in both if pair[1]]
 
 
 def as_text(points, low, high):
     return f"{points:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def cells(label, place, runs, ours, scored):
-    """A method's runs at one place, those of TT-SI on the same items, and whether with F1 -> the
-    cells of a line, by column."""
-    pairs = sum(runs, [])
-    before, after = zip(*pairs, strict=True)
-    gains = [gain for items in changes_of(runs).values() for gain in items]
-    adapted = sum(row["decision"] == "adapted" for row in after)
+def cells(label, place, run, ours, scored):
+    """A method's run, from it to TT-SI's, whether with F1 -> the cells of a line, by column."""
+    before, after = zip(*run, strict=True)
+    gains = [gain for items in changes_of(run).values() for gain in items]
     kept = [draft["verdict"] == "kept" for row in after for draft in row["drafts"]]
-    seeds = f", {len(runs)} seeds" if len(runs) > 1 else ""
-
-    found = {"": label, "items": f"{len(runs[0])}, {place}{seeds}"}
+    adapted = sum(row["decision"] == "adapted" for row in after)
+    seeds = len({row["seed"] for row in after})
+    more = f", {seeds} seeds" if seeds > 1 else ""
+    found = {"": label, "items": f"{len(run) // seeds}, {place}{more}"}
     for kind, column in enumerate(("right tool, %", "right call, %")):
         sides = [100 * statistics.mean(r["grade"][kind] for r in rows) for rows in (before, after)]
         found[column] = "{:.1f} -> {:.1f}".format(*sides)
-    found["difference [95 %]"] = as_text(*difference([runs]))
-    repaired, broken = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-    found["repaired / broken"] = f"{repaired} / {broken}"
-    found["adapted"] = f"{adapted / len(runs):.0f}"
+    found["difference [95 %]"] = as_text(*difference(run))
+    found["repaired / broken"] = f"{sum(g > 0 for g in gains)} / {sum(g < 0 for g in gains)}"
+    found["adapted"] = f"{adapted / seeds:.0f}"
     found["drafts kept"] = f"{100 * statistics.mean(kept):.0f} %" if kept else ""
     for unit, column in enumerate(("seconds", "tokens")):
-        found[column] = f"{cost_ratio(pairs, unit):.1f} x"
+        found[column] = f"{cost_ratio(run, unit):.1f} x"
     if scored:
         sides = zip(f1(before), f1(after), strict=True)
         found["F1 of names, arguments"] = ", ".join(f"{a:.1f} -> {b:.1f}" for a, b in sides)
     if ours:
-        found["TT-SI against it [95 %]"] = as_text(*difference([ours]))
+        found["TT-SI against it [95 %]"] = as_text(*difference(ours))
     return found
 
 
-def markdown(lines):
-    """Dicts of cells -> a table; a column that a line lacks is empty there."""
-    columns = [*dict.fromkeys(column for line in lines for column in line)]
+def table(lines, ours, scored):
+    """Lines, TT-SI's {place: run}, and whether with F1 -> a table, in markdown."""
+    found = []
+    for label, places in lines.items():
+        for place, run in places.items():
+            both = [] if label.startswith("TT-SI") else against(ours.get(place, []), run)
+            found.append(cells(label, place, run, both, scored))
+        if len(places) > 1:
+            found.append({"": label, "items": f"mean of {len(places)}"})
+            found[-1]["difference [95 %]"] = as_text(*difference(*places.values()))
+    # A column that a line lacks is empty there.
+    columns = [*dict.fromkeys(column for line in found for column in line)]
     rows = [columns, ["---"] * len(columns)]
-    rows += [[line.get(column, "") for column in columns] for line in lines]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    rows += [[line.get(column, "") for column in columns] for line in found]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows if found) or "No rows yet.\n"
 
 
 # ------------------------------------------------------------------------------------ figures
@@ -177,35 +175,37 @@ UP, DOWN, NEITHER = "#2b8cd8", "#e0523f", "#8a8a8a"
 LINES = ("#2b8cd8", "#e08a1e", "#2fa26b", "#b06fd0", "#e0523f", "#8a8a8a")
 WIDTH = 390 / 72  # inches: the unit of an SVG is a 72nd of one
 GREY = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-STYLE = dict.fromkeys(GREY, NEITHER) | {
-    "svg.hashsalt": "ttsi",  # or ids differ from run to run
-    "svg.fonttype": "none",  # text stays text
-    "font.size": 13,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
+STYLE = dict.fromkeys(GREY, NEITHER)
+STYLE |= {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}
+# Ids do not differ from run to run, and text stays text.
+STYLE |= {"svg.hashsalt": "ttsi", "svg.fonttype": "none"}
 # Nothing of when and with what it was made.
 SAVE = {"transparent": True, "metadata": {"Date": None, "Creator": None}}
 
 
 @matplotlib.rc_context(STYLE)
 def forest(lines, path):
-    """[(heading,), or (label, points, low, high)] -> differences with their intervals, one below
-    the other, each under its label."""
-    height = 0.46 * len(lines) + 0.8  # inches
+    """Differences with their intervals, one below the other, each under its label."""
+    shown = []
+    for place in dict.fromkeys(place for places in lines.values() for place in places):
+        shown.append((place,))
+        for label, places in lines.items():
+            if place in places:
+                shown.append((label, *difference(places[place])))
+    height = 0.46 * len(shown) + 0.8  # inches
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots()
     figure.subplots_adjust(left=0.03, right=0.97, top=1 - 0.1 / height, bottom=0.7 / height)
-    ends = [-1, 1, *(end for line in lines for end in line[2:])]
+    ends = [-1, 1, *(end for line in shown for end in line[2:])]
     room = 0.05 * (max(ends) - min(ends))
     axes.set_xlim(min(ends) - room, max(ends) + room)
-    axes.set_ylim(len(lines), 0)
+    axes.set_ylim(len(shown), 0)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.axvline(0, color=NEITHER, linewidth=1, alpha=0.5)
     axes.set_xlabel("points of right calls over direct answers")
     edges = axes.get_yaxis_transform()  # text begins at the left edge and ends at the right one
-    for at, (label, *numbers) in enumerate(lines):
+    for at, (label, *numbers) in enumerate(shown):
         if not numbers:
             axes.text(0, at + 0.7, label, weight="bold", transform=edges)
             continue
@@ -221,9 +221,8 @@ def forest(lines, path):
 
 
 @matplotlib.rc_context(STYLE)
-def tau_curves(curves, path):
-    """{label: gain_by_tau's points} -> the gain over tau; dashed, if the others are adapted. On
-    the scale of -log10(1 - tau), since most margins are close to 1."""
+def tau_curves(places, path):
+    """{place: run} -> the gain over tau, by -log10(1 - tau), since most margins are close to 1."""
 
     def place(tau):
         return -math.log10(max(1 - tau, 1e-4))
@@ -232,8 +231,9 @@ def tau_curves(curves, path):
     axes = figure.subplots()
     axes.axhline(0, color=NEITHER, linewidth=1)
     axes.axvline(place(ttsi.Config.tau), color=NEITHER, linewidth=1, linestyle=":")
-    for colour, (label, points) in zip(LINES, curves.items(), strict=False):
-        points = [*points, (1.0, *points[-1][1:])]  # up to the edge
+    for colour, (label, run) in zip(LINES, places.items(), strict=False):
+        points = gain_by_tau(run)
+        points.append((1.0, *points[-1][1:]))  # up to the edge
         taus, below, above = zip(*points, strict=True)
         x = [place(tau) for tau in taus]
         axes.step(x, below, where="post", color=colour, linewidth=2.5, label=label)
@@ -245,6 +245,6 @@ def tau_curves(curves, path):
     axes.set_ylabel("gain, points of right calls")
     title = "adapted below tau; dashed: the others"
     figure.legend(loc="upper left", frameon=False, ncols=2, title=title)
-    top = 0.87 - 0.05 * math.ceil(len(curves) / 2)
+    top = 0.87 - 0.05 * math.ceil(len(places) / 2)
     figure.subplots_adjust(left=0.15, right=0.92, bottom=0.13, top=top)
     figure.savefig(path, **SAVE)

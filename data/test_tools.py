@@ -29,16 +29,11 @@ import ttsi  # noqa: E402
 torch.set_num_threads(1)  # for models as small as these more would wait for one another
 
 
-def read(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 def lab_of(folder, data=HERE / "demo.jsonl", flags=""):
     """Two samples, on which every method runs; all that it keeps is in a folder."""
     args = experiments.parse_arguments(["real", "--quick", "--flags", flags])
-    args.rows, args.texts, args.model = folder / "rows", folder / "texts", ttsi.Config.model
-    args.limit, args.pool = 2, [HERE / "dev.jsonl"]
-    return experiments.Lab(args, data)
+    args.rows, args.texts, args.pool = folder / "rows", folder / "texts", [HERE / "dev.jsonl"]
+    return experiments.Lab(args, args.model, data, 0)
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +43,9 @@ def lab(tmp_path_factory):
 
 def pair(i, tools, before, after, margin=0.5, **more):
     """A direct row and a method's, of which the calls are right or not."""
-    cost = {"read": [1.0, 10], "direct": [1.0, 10]}
     row = {"id": i, "tools": tools, "offered": 3, "margin": margin, "flaw": "", "drafts": []}
-    row |= {"f1": [1, 1, 1, 0, 2, 2], "decision": "certain", "cost": cost}
+    row |= {"cost": {"read": [1.0, 10], "direct": [1.0, 10]}, "decision": "certain", "seed": 0}
+    row |= {"f1": [1, 1, 1, 0, 2, 2]}
     changed = row | {"grade": [True, after], "decision": "adapted"} | more
     return row | {"grade": [True, before]}, changed
 
@@ -255,27 +250,25 @@ def essence(record):
 def test_benchmarks_equal_an_independent_conversion(name, other):
     """The canonical files were made from each benchmark's own files by other code."""
     ours = convert.convert(str(SHARED / f"{name}.json"))[0]
-    theirs = read(SHARED / f"{other}.jsonl")
+    lines = (SHARED / f"{other}.jsonl").read_text().splitlines()
+    theirs = [json.loads(line) for line in lines]
     for a, b in zip(ours, theirs, strict=True):
         assert essence(a) == essence(b), f"{a['id']} differs"
 
 
 # --------------------------------------------------- the world, its templates, the tool caller
-def test_the_data_files_are_what_the_generator_writes(tmp_path):
+def test_the_data_files_are_what_the_generator_writes_and_share_no_tool(tmp_path):
     world.main(["--out", str(tmp_path)])
-    for name in ("dev.jsonl", "demo.jsonl", "test.jsonl", "train.jsonl.gz"):
-        both = [(folder / name).read_bytes() for folder in (tmp_path, HERE)]
-        if name.endswith("gz"):  # another zlib may pack it otherwise
-            both = [gzip.decompress(packed) for packed in both]
-        assert both[0] == both[1], f"{name}: world and splits are frozen"
-
-
-def test_no_tool_of_one_split_is_in_another():
     for split, n in world.FILES.items():
-        records = read(HERE / f"{split}.jsonl")
+        text = (HERE / f"{split}.jsonl").read_bytes()
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == text, f"{split} is frozen"
+        records = [*map(json.loads, text.splitlines())]
         offered = {t["function"]["name"] for r in records for t in r["tools"]}
         others = {"_".join(t) for s, tools in world.TOOLS.items() if s != split for t in tools}
         assert len(records) == n and not offered & others, f"{split}: {offered & others}"
+    # Another zlib may pack it otherwise.
+    packed = [(folder / "train.jsonl.gz").read_bytes() for folder in (tmp_path, HERE)]
+    assert gzip.decompress(packed[0]) == gzip.decompress(packed[1]), "train is frozen"
 
 
 @pytest.mark.parametrize("split,shift", [("train", 0), ("test", 1)])
@@ -296,7 +289,7 @@ def test_prompts_are_those_of_the_training(whose):
         tok.chat_template, begin, end = smollm2.TEMPLATE, "<|im_start|>{}\n", "<|im_end|>\n"
     system = 'Answer the request with one tool call, a JSON object {"name": ..., "arguments": '
     system += "{...}} and nothing else. Tools:\n"
-    for r in read(HERE / "demo.jsonl"):
+    for r in map(json.loads, (HERE / "demo.jsonl").read_text().splitlines()):
         turns = {"system": system + "\n".join(json.dumps(t["function"]) for t in r["tools"])}
         turns |= {"user": r["messages"][0]["content"], "assistant": json.dumps(r["call"])}
         answer = {"role": "assistant", "content": "", "tool_calls": [{"function": r["call"]}]}
@@ -305,7 +298,7 @@ def test_prompts_are_those_of_the_training(whose):
         got = tok.apply_chat_template([*r["messages"], answer], **how)
         assert got == whole, f"{r['id']}: another prompt or answer"
         got = tok.apply_chat_template(r["messages"], add_generation_prompt=True, **how)
-        assert got + turns["assistant"] + end == whole, f"{r['id']}: the call does not continue it"
+        assert got + turns["assistant"] + end == whole, f"{r['id']}: not behind it"
 
 
 def test_a_folder_is_base_plus_delta(tmp_path, monkeypatch):
@@ -330,119 +323,84 @@ def test_a_folder_is_base_plus_delta(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------- the experiments
 @pytest.mark.parametrize("name", experiments.METHODS)
 def test_every_method_makes_rows_and_writes_a_call(lab, name):
-    rows = lab.rows(name, 0)
+    rows = lab.rows(name)
     assert len(rows) == 2, f"{name}: {rows}"
     for i, row in rows.items():
         gold = lab.samples[i]["call"]
         assert ttsi.parse(row["answer"]), f"{name} wrote no call: {row['answer']}"
-        assert row["grade"] == ttsi.grade(row["answer"], gold), f"{name}: graded by another label"
+        assert row["grade"] == ttsi.grade(row["answer"], gold), f"{name}: another label"
+        assert row["before"]["grade"] == ttsi.grade(row["direct"], gold), f"{name}: not direct"
         gated = experiments.METHODS[name].on == "uncertain"
         assert not gated or "score" in row["cost"], f"{name} did not pay for the gate"
     hooks = [m for m in lab.base[0].modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooks, f"{name} leaves hooks"
 
 
-def test_no_method_sees_the_label(lab, tmp_path):
-    other = lab_of(tmp_path)
+def test_no_method_sees_a_label_and_rows_of_a_benchmark_hold_no_text(lab, tmp_path):
+    other = lab_of(tmp_path, shutil.copy(HERE / "demo.jsonl", tmp_path))
     for sample in other.samples.values():
         sample["call"] = {"name": "scrambled", "arguments": {}}
     for name in ("default", "anothers", "nearest", "icl", "bias", "vote", "teacher"):
-        mine, theirs = lab.rows(name, 0), other.texts(name, 0)
-        assert all(mine[i]["answer"] == theirs[i]["answer"] for i in mine), f"{name}: a label leaks"
+        published = json.dumps(other.rows(name))
+        _, whole = experiments.read_rows(other.path(name, whole=True))
+        for i, row in lab.rows(name).items():
+            assert whole[i]["answer"] == row["answer"], f"{name}: a label leaks"
+            texts = [row["answer"], lab.samples[i]["messages"][-1]["content"]]
+            for text in texts + [tool["name"] for tool in lab.samples[i]["tools"]]:
+                assert json.dumps(text)[1:-1] not in published, f"{name}: a text, {text}"
 
 
-def test_a_benchmarks_rows_hold_no_texts_and_its_pairs_are_found(lab, tmp_path):
-    other = lab_of(tmp_path, shutil.copy(HERE / "demo.jsonl", tmp_path))
-    rows = other.rows("default", 0)
-    for sample in [other.samples[i] for i in rows]:
-        said = [ttsi.dumps(sample["call"]["arguments"]), sample["messages"][-1]["content"]]
-        said += [tool["name"] for tool in sample["tools"]]
-        assert not any(text in json.dumps(rows) for text in said), f"published: {rows}"
-    for i, row in lab.rows("default", 0).items():
-        assert other.pairs(0, i) == row["pairs"]
-
-
-def test_a_run_that_was_cut_off_makes_what_is_missing_alone(tmp_path, monkeypatch):
-    rows, path = lab_of(tmp_path).rows("default", 0), lab_of(tmp_path).path("default", 0)
-    packed = path.with_suffix(".jsonl.gz")
-    text = gzip.decompress(packed.read_bytes())
-    packed.unlink()
-    path.write_bytes(text[:-20])  # a torn last row
-    made, row = [], experiments.Lab.row
-    monkeypatch.setattr(experiments.Lab, "row", lambda *key: made.append(key[3]) or row(*key))
-    again = lab_of(tmp_path).rows("default", 0)
-    assert made == [[*rows][1]], "whole rows are kept, a torn one is made again"
-    assert [r["answer"] for r in again.values()] == [r["answer"] for r in rows.values()]
-    assert packed.exists() and not path.exists(), "whole files are packed"
-    with pytest.raises(ttsi.InputError, match="other settings"):
-        lab_of(tmp_path, flags="--max-new-tokens 99").rows("default", 0)
-
-
-def test_processes_share_the_rows_of_a_method(tmp_path, monkeypatch):
+def test_processes_share_rows_and_go_on_where_a_run_was_cut_off(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "WORLD", 2)
     with pytest.raises(ttsi.InputError, match="1 rows are left to other processes"):
-        lab_of(tmp_path).rows("default", 0)
+        lab_of(tmp_path).rows("default")
     monkeypatch.setattr(experiments, "RANK", 1)
-    rows, path = lab_of(tmp_path).rows("default", 0), lab_of(tmp_path).path("default", 0)
-    assert len(rows) == 2 and len(path.read_text().splitlines()) == 3, "not once each"
-    monkeypatch.setattr(experiments, "WORLD", 1)
-    assert lab_of(tmp_path).rows("default", 0) == rows and not path.exists(), "not packed"
+    rows, path = lab_of(tmp_path).rows("default"), lab_of(tmp_path).path("default")
+    *_, last = lines = path.read_text().splitlines()
+    assert len(rows) == 2 and len(lines) == 3, "not once each, behind one head"
+    path.write_bytes(path.read_bytes()[:-20])  # a torn last row
+    monkeypatch.undo()
+    made, row = [], experiments.Lab.row
+    monkeypatch.setattr(experiments.Lab, "row", lambda *key: made.append(key[2]) or row(*key))
+    again = lab_of(tmp_path).rows("default")
+    assert made == [json.loads(last)["id"]], "more than the torn row, or less"
+    assert [r["answer"] for r in again.values()] == [r["answer"] for r in rows.values()]
+    assert path.with_suffix(".jsonl.gz").exists() and not path.exists(), "not packed"
+    with pytest.raises(ttsi.InputError, match="other settings"):
+        lab_of(tmp_path, flags="--max-new-tokens 99").rows("default")
 
 
 def test_other_settings_of_t_train_on_the_pairs_of_the_default(lab):
-    for i, row in lab.rows("default", 0).items():
-        sample = experiments.unlabelled(lab.samples[i])
-        given = sample | {"pairs": [*map(json.dumps, row["pairs"])]}
-        for adapt in ("suffix", "full"):
-            cfg = dataclasses.replace(lab.config("default", 0), adapt=adapt, pairs="kept")
-            again = experiments.retrained(*lab.base, sample, cfg, row["pairs"])
-            want = ttsi.tt_si(*lab.base, given, cfg)
-            assert again.answer == want.answer and again.loss == pytest.approx(want.loss, rel=1e-3)
-        bias = lab.rows("bias", 0)[i]["loss"]
-        assert bias[0] == row["loss"][0] and bias[1] != row["loss"][1], "not another adapter"
-    assert experiments.method_of("rate-0.4").answer is experiments.retrained
-    assert experiments.method_of("8-drafts").answer is ttsi.tt_si, "G changes"
-
-
-def test_anothers_pairs_are_about_its_own_tools(lab):
-    model, tok = lab.base
-    for i, row in lab.rows("anothers", 0).items():
-        other = lab.other(0, i)
-        x = ttsi.prepare(tok, other, lab.config("default", 0))
-        loss = []
-        for pair in other["kept"]:
-            ids, begin = ttsi.span(tok, x, pair["request"], pair["call"])
-            logp = ttsi.logprob([(ids, begin)], ttsi.Prefix(model, []))
-            loss.append(-logp.item() / (len(ids) - begin))
-        assert row["loss"][0] == pytest.approx(sum(loss) / len(loss), abs=1e-3)
-
-
-def test_a_row_holds_the_grades_of_the_direct_answer_too(lab, monkeypatch):
-    i = next(iter(lab.samples))
-    gold = lab.samples[i]["call"]
-    result = ttsi.Result(i, direct="no call", answer=json.dumps(gold), cost={})
-    method = experiments.Method("", lambda *_: result, on="all")
-    monkeypatch.setitem(experiments.METHODS, "default", method)
-    row = lab.row("default", 0, i)
-    assert (row["before"]["grade"], row["grade"]) == ([False, False], [True, True])
+    (i, row), (_, other) = lab.rows("default").items()
+    given = lab.samples[i] | {"pairs": [*map(json.dumps, row["pairs"])]}
+    for adapt in ("suffix", "full"):
+        cfg = dataclasses.replace(lab.config("default"), adapt=adapt, pairs="kept")
+        again = experiments.trained(*lab.base, lab.samples[i], cfg, lab.lessons(i))
+        want = ttsi.tt_si(*lab.base, given, cfg)
+        assert again.loss == pytest.approx(want.loss, rel=1e-3) and again.answer == want.answer
+    for name in ("bias", "lr-0.4"):
+        loss = lab.rows(name)[i]["loss"]
+        assert loss[0] == row["loss"][0] and loss[1] != row["loss"][1], name
+    # Before the first step the base's loss counts: of the other item's pairs, about its tools.
+    loss = lab.rows("anothers")[i]["loss"]
+    assert loss[0] == pytest.approx(other["loss"][0], rel=1e-3), "other pairs"
 
 
 def test_each_sample_is_run_by_one_of_default_and_rest():
-    lab = experiments.Lab(experiments.parse_arguments(["own", "--kept"]), "x.jsonl")
+    lab = experiments.Lab(experiments.parse_arguments(["own", "--kept"]), "none", "x.jsonl", 0)
     seen = {"a": (0.1, ""), "b": (0.95, ""), "c": (None, ""), "d": (1.0, ""), "e": (1.0, "flaw")}
-    lab.known["default", 0] = rows = {}
+    lab.known["default"] = rows = {}
     for i, (margin, flaw) in seen.items():
-        rows[i] = {"margin": margin, "flaw": flaw, "grade": "after", "decision": "adapted"}
-        rows[i] |= {"before": {"grade": "before"}, "cost": {}}
-    assert lab.chosen("icl", 0) == ["a", "e"] and lab.chosen("rest", 0) == ["b", "d"]
-    assert lab.chosen("itself", 0) == ["a", "b", "d", "e"]
-    assert lab.chosen("paper", 0) == ["a"], "without checks a flaw is not seen"
-    lab.known["icl", 0] = {"a": {"grade": "shown"}, "e": {"grade": "shown"}}
+        more = {"grade": "after", "before": {"grade": "before"}, "cost": {}}
+        rows[i] = pair(i, "s", 0, 1, margin, flaw=flaw)[1] | more
+    chosen = {"icl": "ae", "rest": "bd", "itself": "abde", "paper": "a"}  # which sees no flaw
+    assert {name: "".join(lab.chosen(name)) for name in chosen} == chosen
+    lab.known["icl"] = {"a": {"grade": "shown"}, "e": {"grade": "shown"}}
     for name, want in (("default", ["after"] * 5), ("icl", ["shown", *["before"] * 3, "shown"])):
-        run = experiments.run_of(lab, [name], 0)
+        run = lab.run([name])
         assert [row["grade"] for _, row in run] == want, "the others stay direct"
-        assert {row["grade"] for row, _ in run} == {"before"}, "not against direct answers"
-    assert not experiments.run_of(lab, ["default", "rest"], 0), "rows are missing"
+        assert {row["grade"] for row, _ in run} == {"before"}, "the direct ones"
+    assert not lab.run(["default", "rest"]), "rows are missing"
 
 
 @pytest.mark.parametrize("sizes, middle", [((1, 1), 50.0), ((3, 1), 25.0)])
@@ -456,27 +414,30 @@ def test_the_bootstrap_draws_lists_of_tools(sizes, middle):
 
 def test_a_line_of_a_table_is_a_hand_count():
     draft = {"verdict": "kept"}, {"verdict": "tool not on offer"}
-    runs = [[pair("1", "s", 0, 1, drafts=draft), pair("2", "s", 1, 0), pair("3", "t", 1, 1)]]
-    runs.append([pair("1", "s", 0, 1), pair("2", "s", 1, 1), pair("3", "t", 1, 1)])
-    cells = figures.cells("label", "place", runs, [], True)
-    assert cells["items"] == "3, place, 2 seeds" and cells["right tool, %"] == "100.0 -> 100.0"
+    run = [pair("1", "s", 0, 1, drafts=draft), pair("2", "s", 1, 0), pair("3", "t", 1, 1)]
+    for key in (("1", "s", 0, 1), ("2", "s", 1, 1), ("3", "t", 1, 1)):
+        run.append(pair(*key, seed=1))
+    cells = figures.cells("label", "place", run, [], True)
+    assert cells["items"] == "3, place, 2 seeds"
+    assert cells["right tool, %"] == "100.0 -> 100.0"
     assert cells["right call, %"] == "66.7 -> 83.3"
     assert cells["difference [95 %]"].startswith("+16.7 [+0.0, +25.0]"), "t, t; s, s"
     assert cells["repaired / broken"] == "1 / 1" and cells["adapted"] == "3"
     assert cells["drafts kept"] == "50 %" and cells["tokens"] == "1.0 x"
     assert cells["F1 of names, arguments"] == "100.0 -> 100.0, 0.0 -> 0.0"
-    ours = figures.against({0: runs[0]}, {0: runs[1]})
-    assert [(a["grade"][1], b["grade"][1]) for a, b in ours[0]] == [(1, 1), (1, 0), (1, 1)]
+    other = [pair("2", "s", 1, 1), pair("3", "t", 0, 0), pair("4", "t", 0, 0)]
+    both = figures.against(run, other)  # of one seed, from theirs to ours
+    assert [(a["grade"][1], b["grade"][1]) for a, b in both] == [(1, 0), (0, 1)]
 
 
 def test_parts_of_the_items_by_their_direct_rows():
     known = [("", 0.99, 5), ("x", 0.99, 5), ("", 0.5, 5), ("x", 0.5, 1)]
-    rows = [{"flaw": f, "margin": m, "offered": n, "id": str(n)} for f, m, n in known]
-    places = {"there": {0: [(row, {"id": i}) for i, row in enumerate(rows)]}}
-    got = {name: figures.part(places, name) for name in figures.PARTS}
-    ids = [[row["id"] for _, row in part["there"][0]] for part in got.values()]
-    assert ids == [[0, 1, 2], [0], [1], [2], [3]]
-    assert figures.part({"there": {0: places["there"][0][:1]}}, "both") == {}
+    rows = [{"flaw": f, "margin": m, "offered": n} for f, m, n in known]
+    run = [(row, i) for i, row in enumerate(rows)]
+    parts = figures.parts({"there": run, "elsewhere": run[:1]}).values()
+    found = [[i for _, i in part["there"]] for part in parts]
+    assert found == [[0, 1, 2], [0], [1], [2], [3]]
+    assert ["elsewhere" in part for part in parts] == [True, True, False, False, False]
 
 
 def test_f1_counts_as_hammers_scorer_does():
@@ -494,28 +455,33 @@ def test_f1_counts_as_hammers_scorer_does():
 def test_the_gain_over_tau_is_a_hand_count():
     run = [pair("1", "s", 0, 1, 0.2), pair("2", "s", 1, 0, 0.6), pair("3", "s", 0, 1, 0.9)]
     run[0][0].update(flaw="as uncertain as can be", margin=0.99)
-    points = figures.gain_by_tau([[*run, pair("4", "s", 0, 0, 1.0)]])
+    points = figures.gain_by_tau([*run, pair("4", "s", 0, 0, 1.0)])
     assert [tau for tau, *_ in points] == [0.0, 0.0, 0.6, 0.9, 1.0]
     assert [below for _, below, _ in points] == [0, 25, 0, 25, 25], "adapted below tau"
     assert [above for *_, above in points] == [25, 0, 25, 0, 0], "adapted from tau on"
 
 
 def test_figures_are_written_and_come_out_the_same(tmp_path):
-    runs = {0: [pair("1", "s", 0, 1), pair("2", "t", 1, 1)]}
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        folder.mkdir()
-        experiments.draw({"own": {experiments.ALL: {"own world": runs}}}, "own", folder)
-    for name in ("own.svg", "own-tau.svg"):
-        text = (tmp_path / "a" / name).read_text()
-        assert text == (tmp_path / "b" / name).read_text(), f"{name} depends on when it was made"
+    places = {"own world": [pair("1", "s", 0, 1), pair("2", "t", 1, 1)]}
+    for draw, given in ((figures.forest, {"label": places}), (figures.tau_curves, places)):
+        for name in ("a.svg", "b.svg"):
+            draw(given, tmp_path / name)
+        text = (tmp_path / "a.svg").read_text()
+        assert text == (tmp_path / "b.svg").read_text(), "it depends on when it was made"
         assert "own world" in text and "<dc:date>" not in text and "fill: #ffffff" not in text
 
 
-def test_the_tables_of_the_page_are_those_of_the_rows(tmp_path):
+def test_both_pages_say_what_the_rows_say(tmp_path, capsys):
     page = HERE / "results" / "README.md"
     again = Path(shutil.copy(page, tmp_path))
     experiments.main(["--kept"], tmp_path)
     assert again.read_text() == page.read_text(), "run: python data/experiments.py --kept"
+    front = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    told = re.findall(r"experiments\.py (?:own|real) --kept`.*\| (.*?) \|$", front, re.M)
+    assert told, "README has no row of the experiments"
+    lines = capsys.readouterr().out.splitlines()
+    ours = "".join(line for line in lines if line.startswith("| TT-SI |"))
+    assert all(f"| {difference} |" in ours for difference in told), told
 
 
 KEPT = sorted((HERE / "results" / "rows").glob("*/*.gz"))
@@ -526,29 +492,28 @@ def lab_of_kept(kept, head):
     name, seed, model = head["rows of"], head["flags"]["seed"], kept.parent.name
     folder = HERE if model == "model" else Path(os.environ.get("MODELS", "none"))
     file = kept.name.split(f"-{name}-{seed}-")[0] + ".jsonl"
-    data = [path for path in (HERE / file, *SHARED.glob(f"*/{file}")) if path.exists()]
-    if not (folder / model).exists() or not data:
-        pytest.skip("model or data are not at hand")
-    flags = ["--model", str(folder / model), f"--flags=--dtype {head['flags']['dtype']}"]
-    lab = experiments.Lab(experiments.parse_arguments(["real", name, *flags]), data[0])
-    texts = lab.path("default", seed, whole=True)  # those of our own lie packed among the rows
-    if experiments.METHODS[name].needs and folder != HERE and not texts.exists():
-        pytest.skip("the texts that it needs are not at hand")
-    return lab, name, seed
+    data, *_ = [*HERE.glob(file), *SHARED.glob(f"*/{file}"), Path("none")]
+    args = experiments.parse_arguments(["--kept", f"--flags=--dtype {head['flags']['dtype']}"])
+    lab = experiments.Lab(args, str(folder / model), data, seed)
+    needed = [data, folder / model]
+    if experiments.METHODS[name].needs and folder != HERE:  # our own texts are in the rows
+        needed.append(lab.path("default", whole=True))
+    if not all(path.exists() for path in needed):
+        pytest.skip(f"one of them is not at hand: {needed}")
+    return lab, name
 
 
 @pytest.mark.skipif("SLOW" not in os.environ, reason="SLOW=1 makes rows again")
 @pytest.mark.parametrize("kept", KEPT, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_three_kept_rows_come_out_again(kept):
     head, rows = experiments.read_rows(kept.with_suffix(""))
-    lab, name, seed = lab_of_kept(kept, head)
-    assert lab.head(name, seed) == head, "other settings, data or weights"
+    lab, name = lab_of_kept(kept, head)
+    assert lab.head(name) == head, "other settings, data or weights"
     adapted = [i for i in rows if rows[i]["decision"] == "adapted"]
     for i in (adapted or [*rows])[:3]:
-        again, row = lab.row(name, seed, i), rows[i]
-        trained = [(r["decision"] == "adapted", r["tools"]) for r in (again, row)]
-        assert trained[0] == trained[1], f"{i}: adapted or not, or other tools"
-        assert again["before"] == row["before"], f"{i}: another direct answer"
+        again, row = lab.row(name, i), rows[i]
+        same = [(r["decision"] == "adapted", r["tools"], r["before"]) for r in (again, row)]
+        assert same[0] == same[1], f"{i}: another decision, or direct answer"
         # In half precision another processor's rounding changes margins and what is drawn.
         if head["flags"]["dtype"] == "auto":
             assert again["margin"] == pytest.approx(row["margin"], abs=0.01), f"{i}: another H"
@@ -564,19 +529,8 @@ def test_experiments_refuse_bad_input_in_one_line(argv, why):
     assert "\n" not in str(e.value)
 
 
-def test_the_front_page_says_what_the_rows_say(capsys):
-    page = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    told = re.findall(r"`python data/experiments\.py (.*?)`.*\| (.*?) \|$", page, re.M)
-    assert told, "README has no row of the experiments"
-    for command, difference in told:
-        experiments.main(command.split())
-        lines = capsys.readouterr().out.splitlines()
-        ours = [line for line in lines if line.startswith("| TT-SI |")]
-        assert f"| {difference} |" in "".join(ours), f"{command}: not {difference}"
-
-
 # -------------------------------------------------------------------------------- the bench
-def test_the_bench_times_all_rivals_and_prints_kept_rows_alike(capsys, tmp_path):
+def test_the_bench_times_all_rivals_keeps_rows_and_grows(capsys, tmp_path, monkeypatch):
     kept = ["--output", str(tmp_path / "rows.jsonl")]
     bench.main(["--quick", *kept])
     printed = capsys.readouterr().out
@@ -584,6 +538,9 @@ def test_the_bench_times_all_rivals_and_prints_kept_rows_alike(capsys, tmp_path)
     assert "answer differently: never" in printed, "generate answers otherwise"
     bench.main(["--kept", *kept])
     assert capsys.readouterr().out == printed
+    monkeypatch.setattr(bench, "SIZES", [(6, 2, 1)])
+    bench.main(["--grow", "--quick"])
+    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["6", "2", "1"]
 
 
 def test_the_table_of_the_bench_by_hand():
@@ -596,12 +553,6 @@ def test_the_table_of_the_bench_by_hand():
     assert lines[3].split()[2:8] == ["3", "3.000", "1.50", "[1.50,", "2.00,", "2.50]"]
     assert lines[-1].endswith("0     none: pip install peft")
     assert differently.endswith(": b")
-
-
-def test_the_bench_grows(capsys, monkeypatch):
-    monkeypatch.setattr(bench, "SIZES", [(6, 2, 1)])
-    bench.main(["--grow", "--quick"])
-    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["6", "2", "1"]
 
 
 def test_the_competent_user_scores_as_ttsi_does_and_leaves_the_base_as_it_was():
