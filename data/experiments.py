@@ -594,5 +594,7 @@ def main(argv, results=RESULTS):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ttsi.InputError, OSError) as e:
         sys.exit(f"experiments: {e}")

@@ -99,7 +99,6 @@ def is_small(row):
 
 PARTS = {  # of the items, by TT-SI's direct rows
     "two tools and more": lambda row: row["offered"] > 1,
-    "neither flaw nor small margin": lambda row: not row["flaw"] and not is_small(row),
     "a flaw alone": lambda row: row["flaw"] and not is_small(row),
     "a small margin alone": lambda row: is_small(row) and not row["flaw"],
     "both": lambda row: row["flaw"] and is_small(row),
