@@ -952,7 +952,7 @@ def report(cfg, path, model, tok):
     form = "the template's own" if call_form(tok, f"{tok.chat_template}") else "our"
     facts = f"{revision}, {model.num_parameters():,} parameters, {model.dtype}, {model.device}"
     what = f"{cfg.model} ({facts}, {form} tool prompts)"
-    settings = vars(cfg) | {"data": path}
+    settings = vars(cfg) | {"model": Config.model, "data": path}  # the model is told above
     changed = [f", {k} {v}" for k, v in settings.items() if v != getattr(Config, k)]
     return f"ttsi.py {VERSION}, {versions}, {time.strftime('%F')}: {what}{''.join(changed)}"
 
