@@ -268,6 +268,7 @@ def test_the_order_in_the_file_changes_nothing():
     turned = B | {"id": "z", "tools": B["tools"][::-1]}
     one, two = (ttsi.prepare(TOK, sample, FIRST).ids for sample in (B, turned))
     assert one == two, "the file's order, or the id, matters"
+    assert ttsi.prepare(TOK, B, replace(FIRST, seed=1)).ids != one, "--seed moves nothing"
     kept = ttsi.prepare(TOK, turned, replace(FIRST, shuffle=False)).schemas
     assert [*kept] == [t["name"] for t in turned["tools"]], "--no-shuffle"
 
