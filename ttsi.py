@@ -721,9 +721,11 @@ def read_jsonl(path, convert, advice="other forms: python data/convert.py FILE >
 
 def to_sample(record):
     """A record in OpenAI's form -> {id, messages, tools, call?}; the label is call alone."""
+    for key in ("messages", "tools"):
+        need(record.get(key), f"no {key}")
     tools = [to_tool(tool.get("function", tool)) for tool in record["tools"]]
     names = [tool["name"] for tool in tools]
-    need(names and len(set(names)) == len(names), f"no tools, or one twice: {names}")
+    need(len(set(names)) == len(names), f"a tool twice: {names}")
     messages = []
     for message in record["messages"]:
         message = {key: value for key, value in message.items() if value is not None}
