@@ -168,16 +168,21 @@ def margin(logp):  # FORK HERE: another uncertainty, low where it should adapt
     return first - sum(second)
 
 
+def certainty(u, found, cfg):
+    """-> u, but 0 where the direct answer has a flaw [ours]: below tau it is uncertain."""
+    return 0.0 if found and cfg.check else u
+
+
 def doubtful_tools(result, x, cfg):
     """-> the tools to write pairs for: the K likeliest where u < tau; where a flaw alone makes
     it uncertain [ours], that call's tool; none where it is certain."""
     likeliest = sorted(result.logp, key=result.logp.get, reverse=True)
+    if certainty(result.margin, result.flaw, cfg) >= cfg.tau:
+        return []
     if result.margin < cfg.tau:
         return likeliest[: cfg.k]
-    if result.flaw and cfg.check and cfg.tau > 0:
-        called = x.call["name"]
-        return [called if called in x.schemas else likeliest[0]]
-    return []
+    called = x.call["name"]
+    return [called if called in x.schemas else likeliest[0]]
 
 
 # ----------------------------------------------------------------- G: self-data
@@ -210,11 +215,15 @@ def generate(model, tok, x, after_tools, tools, cfg):
                 rng = draw(cfg.seed, x.id, tool, n)
                 outlines.append(outline(tool, x.schemas[tool], cfg.given, rng, chosen))
                 rngs.append(rng)
-        prompt = getattr(model.config, "draft", DRAFT)
-        ids, _ = span(tok, x, prompt.replace("{request}", x.request))
+        ids, _ = span(tok, x, draft_prompt(model, x.request))
         asking = Prefix(model, ids[:-1], after_tools)
         texts = write(tok, ids, asking, cfg, outlines, rngs)
     return [judge(text, x, cfg) for text in texts]
+
+
+def draft_prompt(model, request):
+    """-> what asks for a draft: DRAFT, or what the model was taught."""
+    return getattr(model.config, "draft", DRAFT).replace("{request}", request)
 
 
 def outline(name, schema, given, rng, chosen=None):
@@ -248,16 +257,18 @@ def judge(text, x, cfg):
         value = composed(DECODER.decode(text))
         pair = {"request": value["request"].strip(), "call": to_call(value["call"])}
         span(x.tok, x, pair["request"], pair["call"])  # does it fit the context?
-        verdict = (cfg.check and flaw(pair["call"], pair["request"], x)) or "kept"
+        found = flaw(pair["call"], pair["request"], x) if cfg.check else ""
         # Refused even unchecked: --pairs might hold x with its label.
         if any(copies(pair["request"], turn) for turn in x.turns):
-            verdict = "copy of the request"
+            found = "copy of the request"
+        verdict = found or "kept"
     return {"text": text, "verdict": verdict, "pair": pair}
 
 
 def copies(request, turn):
     """Is a request a turn of x, does it hold one of three words or more, or has it none?"""
-    new, old = (" ".join(re.findall(r"\w+", text.casefold())) for text in (request, turn))
+    texts = request.casefold(), turn.casefold()
+    new, old = (" ".join(re.findall(r"\w+", text)) for text in texts)
     return new in ("", old) or (old.count(" ") > 1 and f" {old} " in f" {new} ")
 
 
@@ -965,7 +976,7 @@ def key_of(cfg, samples, models):
     known = [Path(__file__).read_text("utf-8"), samples, vars(cfg) | dict.fromkeys(places)]
     for model, tok in models:
         weights = [torch.hash_tensor(p.cpu()).item() for p in model.parameters()]
-        known.append([tok.chat_template, getattr(model.config, "draft", DRAFT), weights])
+        known.append([tok.chat_template, draft_prompt(model, ""), weights])
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 

@@ -68,8 +68,7 @@ def competent(model, tok, cfg, sample, result):
     with model.disable_adapter():
         after_tools = ttsi.Prefix(model, x.ids[: x.head])
         margin = ttsi.margin(ttsi.score(x, ttsi.Prefix(model, x.ids[:-1], after_tools)))
-        prompt = getattr(model.config, "draft", ttsi.DRAFT)
-        ids, _ = ttsi.span(tok, x, prompt.replace("{request}", x.request))
+        ids, _ = ttsi.span(tok, x, ttsi.draft_prompt(model, x.request))
         how = {"cache": ttsi.Prefix(model, ids[:-1], after_tools).copy(drafts), "do_sample": True}
         how |= {"temperature": cfg.temperature, "top_k": 0, "top_p": 1.0}
         generate(model, tok, cfg, ids, num_return_sequences=drafts, **how)

@@ -253,9 +253,8 @@ class Lab:
         if on == "all" or self.args.quick:
             return answered
         cfg = self.config(name)
-        flawed = {i for i in answered if rows[i]["flaw"] and cfg.check and cfg.tau > 0}
-        unsure = {i for i in answered if rows[i]["margin"] < cfg.tau} | flawed
-        return [i for i in answered if (i in unsure) == (on == "uncertain")]
+        sure = {i: ttsi.certainty(rows[i]["margin"], rows[i]["flaw"], cfg) for i in answered}
+        return [i for i in answered if (sure[i] < cfg.tau) == (on == "uncertain")]
 
     def path(self, name, whole=False):
         """-> the file of a method's rows; whole ones, with a benchmark's texts, lie elsewhere."""

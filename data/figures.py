@@ -81,7 +81,7 @@ def gain_by_tau(run):
     others are)], in points, for each tau at which something changes, beginning with 0."""
     changes = []
     for before, after in run:
-        sure = (not before["flaw"] and before["margin"]) or 0.0  # as `doubtful_tools` has it
+        sure = ttsi.certainty(before["margin"] or 0.0, before["flaw"], ttsi.Config())
         changes.append((sure, 100 * (after["grade"][1] - before["grade"][1])))
     below, above = 0, sum(change for _, change in changes)
     points = [(0.0, 0.0, above / len(run))]
@@ -152,7 +152,7 @@ def cells(label, place, run, ours, scored):
 
 
 def table(lines, ours, scored):
-    """Lines, TT-SI's {place: run}, and whether with F1 -> a table, in markdown."""
+    """Lines, TT-SI's {place: run}, and whether with F1 -> a table; what a line lacks is empty."""
     found = []
     for label, places in lines.items():
         for place, run in places.items():
@@ -161,11 +161,12 @@ def table(lines, ours, scored):
         if len(places) > 1:
             found.append({"": label, "items": f"mean of {len(places)}"})
             found[-1]["difference [95 %]"] = as_text(*difference(*places.values()))
-    # A column that a line lacks is empty there.
+    if not found:
+        return "No rows yet.\n"
     columns = [*dict.fromkeys(column for line in found for column in line)]
     rows = [columns, ["---"] * len(columns)]
     rows += [[line.get(column, "") for column in columns] for line in found]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows if found) or "No rows yet.\n"
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 # ------------------------------------------------------------------------------------ figures
