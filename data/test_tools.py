@@ -532,7 +532,7 @@ def test_experiments_refuse_bad_input_in_one_line(argv, why):
 # -------------------------------------------------------------------------------- the bench
 def test_the_bench_times_all_rivals_keeps_rows_and_grows(capsys, tmp_path, monkeypatch):
     kept = ["--output", str(tmp_path / "rows.jsonl")]
-    bench.main(["--quick", *kept])
+    bench.main(["--quick", "--tau", "2", *kept])
     printed = capsys.readouterr().out
     assert "TT-SI, adapted                2" in printed
     assert "answer differently: never" in printed, "generate answers otherwise"
@@ -545,9 +545,9 @@ def test_the_bench_times_all_rivals_keeps_rows_and_grows(capsys, tmp_path, monke
 
 def test_the_table_of_the_bench_by_hand():
     """Ratios within an item: 2, 1, 3; quartiles 1.5, 2, 2.5; medians 3 and 2."""
-    rows = [{"id": "a", "seconds": {"generate": [1, 3], "TT-SI, certain": [4]}, "same": True}]
-    rows += [{"id": "b", "seconds": {"generate": [2], "TT-SI, certain": [2]}, "same": False}]
-    rows += [{"id": "c", "seconds": {"generate": [1], "TT-SI, certain": [3]}, "same": True}]
+    rows = [{"id": "a", "seconds": {"generate": 2, "TT-SI, certain": 4}, "same": True}]
+    rows += [{"id": "b", "seconds": {"generate": 2, "TT-SI, certain": 2}, "same": False}]
+    rows += [{"id": "c", "seconds": {"generate": 1, "TT-SI, certain": 3}, "same": True}]
     text = bench.table([row | {"key": "k", "stages": {}} for row in rows])
     *lines, differently = text.splitlines()
     assert lines[3].split()[2:8] == ["3", "3.000", "1.50", "[1.50,", "2.00,", "2.50]"]
