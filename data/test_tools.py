@@ -52,7 +52,6 @@ def pair(i, tools, before, after, margin=0.5, **more):
 
 # ------------------------------------------------------------------------------ convert.py
 SHARED = Path(convert.__file__).resolve().parents[2] / "shared" / "benchmarks"
-beside = pytest.mark.skipif(not SHARED.exists(), reason="no benchmarks beside this checkout")
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"name": "f", "description": "", "parameters": SCHEMA}
 TOOLS = [{"type": "function", "function": TOOL}]
@@ -75,21 +74,14 @@ def converted(tmp_path, *records, name="x.json", **more):
 
 FORMS = [{"tools": [TOOL]}, {"tools": json.dumps(TOOLS)}, {"functions": [TOOL], "tools": None}]
 for key in ("inputSchema", "input_schema", "parameters"):  # MCP, Anthropic, JSON text
-    FORMS += [{"tools": [{"name": "f", key: SCHEMA}]}]
     FORMS += [{"tools": {"tools": [json.dumps({"name": "f", key: json.dumps(SCHEMA)})]}}]
 FORMS += [{"tools": [{"toolSpec": {"name": "f", "inputSchema": {"json": SCHEMA}}}]}]
-FORMS += [{"tools": [{"name": "f", "parameters": {"city": {"type": "str"}}}]}]
-FORMS += [{"messages": [*ASKED, MADE]}]  # the label twice
 FORMS += [{"messages": None, "query": "go"}, {"messages": None, "prompt": ASKED}]
-FORMS += [{"messages": [{"role": "human", "content": [{"type": "text", "text": "go"}]}]}]
-for label in ([AS_TEXT], [{"tool": "f", "parameters": {"city": "Oslo"}}], f"[{TEXT}]"):
-    FORMS += [{"call": None, "answers": label}]
+FORMS += [{"messages": [{"role": "human", "content": "go"}]}]
+FORMS += [{"call": None, "answers": '[{"tool": "f", "parameters": {"city": "Oslo"}}]'}]
 FORMS += [{"call": {"function": AS_TEXT}}, {"call": None, "tool_calls": [{"function": CALL}]}]
-ACCEPT = {"city": ["Oslo", "oslo"], "days": [3, ""]}
-FORMS += [{"accept": ACCEPT}, {"accept": ACCEPT, "call": {"name": "f", "arguments": ""}}]
 FORMS += [{"call": None, "prompt": "go", "completion": TEXT, "messages": None}]
-ENDS = [MADE, {"function_call": AS_TEXT}, {"role": "tool_call", "content": TEXT}, {"content": TEXT}]
-ENDS += [{"content": f"Sure.\n<tool_call>{TEXT}</tool_call>"}, {"content": f"```[{TEXT}]```"}]
+ENDS = [MADE, {"function_call": AS_TEXT}, {"content": f"Sure.\n<tool_call>{TEXT}</tool_call>"}]
 ENDS += [{"content": f'<think>{TEXT}</think>{{"action": {TEXT}}}', "role": "gpt"}]
 ENDS += [{"content": [{"type": "tool_use", "name": "f", "input": CALL["arguments"]}]}]
 ENDS += [{"content": TEXT.replace("}}", ', "x": None}}')}]  # Python's word
@@ -103,8 +95,8 @@ ENDING = PENDING | {"content": "pending\nGenerate API Request:"}
 TURNS += [[SAID | {"content": f"```[{TEXT}]```"}, ENDING]]
 for turns in TURNS:
     turns, want = [*ASKED, *turns], [*ASKED, MADE, PENDING]
-    FORMS += [({"messages": turns, "call": c}, {"messages": want, "call": c}) for c in (CALL, None)]
-    FORMS += [({"messages": [*turns, MADE], "call": None}, {"messages": want})]
+    FORMS += [({"messages": turns, "call": None}, {"messages": want, "call": None})]
+    FORMS += [({"messages": [*turns, MADE]}, {"messages": want})]  # the label twice
 BRIEF = {"role": "system", "content": "Be brief."}
 FORMS += [({"system": [{"text": "Be brief."}]}, {"messages": [BRIEF, *ASKED]})]
 
@@ -120,12 +112,9 @@ STR, OPTIONAL = {"type": "str"}, {"type": "str, optional"}
 MAPS = [({"a": STR, "b": STR | {"default": "x"}, "c": OPTIONAL}, {}, ["a"])]  # xLAM
 MAPS += [({"a": STR | {"required": True}, "b": STR}, {}, ["a"])]  # ToolAlpaca
 MAPS += [({"a": STR | {"required": False}, "b": STR}, {}, ["b"])]
-MAPS += [({"a": STR, "b": STR}, {"required": ["b"]}, ["b"]), ({"a": STR}, {"required": []}, [])]
-MAPS += [({"a": STR}, {"return": {}}, [])]  # API-Bank
-for key in ("properties", "type", "required", "not"):
-    MAPS += [({key: STR, "b": OPTIONAL}, {}, [key])]
-MAPS += [({"properties": STR}, {}, ["properties"]), ({}, {}, [])]
-MAPS += [({"a": STR | {"nullable": True}, "b": STR}, {}, ["b"])]
+MAPS += [({"a": STR}, {"required": []}, []), ({"a": STR}, {"return": {}}, [])]  # API-Bank
+MAPS += [({key: STR}, {}, [key]) for key in ("properties", "type", "required", "not")]
+MAPS += [({}, {}, []), ({"a": STR | {"nullable": True}, "b": STR}, {}, ["b"])]
 
 
 @pytest.mark.parametrize("rules,tool,want", MAPS, ids=range(len(MAPS)))
@@ -153,8 +142,7 @@ USELESS = {"several calls": {"call": [CALL, CALL]}, "no call is right": {"answer
 USELESS |= {"the answer's tool is not on offer": {"call": {"name": "g"}}}
 USELESS |= {"a tool is on offer twice": {"tools": TOOLS * 2}, "no tool is on offer": {"tools": []}}
 USELESS |= {"no request by the user": {"messages": [{"role": "user", "content": " "}]}}
-IMAGE = [{"role": "user", "content": [{"type": "image_url"}]}]
-USELESS |= {"a message has an image, or so": {"messages": IMAGE}}
+USELESS |= {"a message has an image, or so": {"messages": [{"role": "user", "content": [{}]}]}}
 OPEN = json.dumps(RECORD | {"id": "s"})[:-1]  # a good record, but for what comes
 FAULTS = ["{", "[1]", "[" * 99999, f'{OPEN}, "a": 1, "a": 2}}', f'{OPEN}, "a": "\udcff"}}']
 FAULTS += [f'{OPEN}, "a": {value}}}' for value in ("NaN", "1e999", '"\\ud800"')]
@@ -245,7 +233,7 @@ def essence(record):
     return re.sub(r'(, )?"unit": "[^"]*"|\\[nrt]|\s', "", text)
 
 
-@beside
+@pytest.mark.skipif(not SHARED.exists(), reason="no benchmarks beside this checkout")
 @pytest.mark.parametrize("name,other", PAIRS)
 def test_benchmarks_equal_an_independent_conversion(name, other):
     """The canonical files were made from each benchmark's own files by other code."""
@@ -269,16 +257,6 @@ def test_the_data_files_are_what_the_generator_writes_and_share_no_tool(tmp_path
     # Another zlib may pack it otherwise.
     packed = [(folder / "train.jsonl.gz").read_bytes() for folder in (tmp_path, HERE)]
     assert gzip.decompress(packed[0]) == gzip.decompress(packed[1]), "train is frozen"
-
-
-@pytest.mark.parametrize("split,shift", [("train", 0), ("test", 1)])
-def test_training_never_answers_a_rare_wording(split, shift):
-    for r in world.records(split, 500, shift, 0):
-        asked, call = r["messages"][0]["content"], r["call"]
-        rare = zip((world.VERBS, world.NOUNS), call["name"].split("_"), strict=True)
-        rare = [{w for w in t[key][world.RARE] if re.search(rf"\b{w}\b", asked)} for t, key in rare]
-        assert bool(rare[0]) == shift, f"{r['id']}: verb worded {rare}"
-        assert shift or not rare[1], f"{r['id']}: object worded {rare}"
 
 
 @pytest.mark.parametrize("whose", ["model", "teacher", "smollm2"])
@@ -442,12 +420,10 @@ def test_parts_of_the_items_by_their_direct_rows():
 
 def test_f1_counts_as_hammers_scorer_does():
     gold = {"name": "f", "arguments": {"a": 5, "b": "x", "c": ""}}
-    answers = [None, {"name": "g", "arguments": {"a": 5}}]
-    answers += [{"name": "f", "arguments": {"a": "5", "b": "y", "d": 1, "e": ""}}]
-    counts = [figures.f1_counts(call, gold) for call in answers]
-    assert counts == [[0, 1, 1, 0, 0, 2], [0, 1, 1, 0, 1, 2], [1, 1, 1, 1, 3, 2]]
-    names, arguments = figures.f1([{"f1": count} for count in counts])
-    assert names == pytest.approx(100 / 3) and arguments == pytest.approx(200 * 1 / (4 + 6))
+    other = {"name": "f", "arguments": {"a": "5", "b": "y", "d": 1, "e": ""}}
+    assert figures.f1_counts(None, gold) == [0, 1, 1, 0, 0, 2]
+    assert figures.f1_counts(other | {"name": "g"}, gold) == [0, 1, 1, 0, 3, 2]
+    assert figures.f1_counts(other, gold) == [1, 1, 1, 1, 3, 2]
     bare = {"name": "f", "arguments": {}}
     assert figures.f1_counts(bare, bare) == [1, 1, 1, 1, 0, 0]
 
@@ -495,11 +471,9 @@ def lab_of_kept(kept, head):
     data, *_ = [*HERE.glob(file), *SHARED.glob(f"*/{file}"), Path("none")]
     args = experiments.parse_arguments(["--kept", f"--flags=--dtype {head['flags']['dtype']}"])
     lab = experiments.Lab(args, str(folder / model), data, seed)
-    needed = [data, folder / model]
-    if experiments.METHODS[name].needs and folder != HERE:  # our own texts are in the rows
-        needed.append(lab.path("default", whole=True))
-    if not all(path.exists() for path in needed):
-        pytest.skip(f"one of them is not at hand: {needed}")
+    texts = lab.path("default", whole=True) if experiments.METHODS[name].needs else data
+    if folder != HERE and not (data.exists() and texts.exists() and (folder / model).exists()):
+        pytest.skip(f"one of them is not at hand: {data}, {texts}, {folder / model}")
     return lab, name
 
 
