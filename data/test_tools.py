@@ -458,6 +458,9 @@ def test_both_pages_say_what_the_rows_say(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     ours = "".join(line for line in lines if line.startswith("| TT-SI |"))
     assert all(f"| {difference} |" in ours for difference in told), told
+    for kept in page.parent.glob("bench-*.jsonl"):
+        bench.main(["--kept", "--output", str(kept)])
+        assert capsys.readouterr().out in (page.parent / "costs.md").read_text(), kept
 
 
 KEPT = sorted((HERE / "results" / "rows").glob("*/*.gz"))
