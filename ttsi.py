@@ -161,7 +161,7 @@ def score(x, after_prompt):
     return dict(zip(x.schemas, logp, strict=True))
 
 
-def margin(logp):  # FORK HERE: another uncertainty, low where it should adapt
+def margin(logp):  # FORK HERE: another uncertainty, for a --tau of its own
     """Relative Softmax Scoring: u = p(1) - p(2); without a runner-up p(1) [ours]."""
     p = torch.tensor([*logp.values()], dtype=torch.float64).softmax(0)  # (N,)
     first, *second = p.topk(min(2, len(p))).values.tolist()
@@ -722,6 +722,7 @@ def read_jsonl(path, convert, advice="other forms: python data/convert.py FILE >
         if line.strip():
             with advising(f"{path}:{number}", advice):
                 record = composed(json.loads(line))
+                need(isinstance(record, dict), "no JSON object")
                 i = record.get("id")
                 record["id"] = i = str(number if i in (None, "") else i)
                 need(i not in found, f"id {i} twice")
