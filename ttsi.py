@@ -13,7 +13,7 @@ Departures from the paper, and choices where it is silent:
  3. Polyak's step, on calls alone, as the template spells and ends them; a cosine, no warm-up.
  4. The LoRA acts behind the tools only (--adapt suffix): their cache serves every stage.
  5. Tools are offered in a seeded order: benchmarks list the right one first (--no-shuffle).
---paper undoes 4, of 1 that flaws count, of 2 the first sentence, and of 3 the step.
+--paper undoes the departures: of 1 that flaws count, of 2 the first sentence, of 3 the step, 4.
 
 N candidates, p(1) >= p(2) >= ..., R rows of T tokens, V vocabulary, K pairs, r rank. In a span
 (ids, begin), ids[begin:] is scored behind ids[:begin]. FORK HERE: one place for another idea.
@@ -96,7 +96,7 @@ class Result:  # what Algorithm 1 did with one input, as --trace tells it
     id: str
     direct: str = field("", "what the base writes")
     flaw: str = field("", "what label-free checks say of that: it is uncertain, too")
-    logp: dict = field(None, "H: l_n of each tool, nats, without what all have in common")
+    logp: dict = field(None, "H: l_n of each tool, nats, without their common first tokens")
     margin: float = field(None, "H: u = p(1) - p(2), from 0 to 1; uncertain below tau")
     drafts: list = field((), "G: all that were written, with what the checks say")
     pairs: list = field((), "G: those to train on")
@@ -126,7 +126,7 @@ def tt_si(model, tok, sample, cfg, writer=None):
 
     tools = doubtful_tools(result, x, cfg)  # none: certain
     if tools:
-        # G: (x', y') ~ P( . | x). None where its prompt is too long, or refused.
+        # G: (x', y') ~ P( . | x). None if its prompt is too long, or the template refuses it.
         with stage("generate"), suppress(InputError):
             result.drafts = generate(*(writer or (model, tok)), x, after_tools, tools, cfg)
             result.pairs = choose(result.drafts, tools, cfg)
@@ -153,7 +153,7 @@ def tt_si(model, tok, sample, cfg, writer=None):
 # ------------------------------------------------------------ H: self-awareness
 @torch.no_grad()
 def score(x, after_prompt):
-    """H. -> {tool name: l_n, nats}, without what all candidates have in common."""
+    """H. -> {tool name: l_n, nats}, without the first tokens, common to all candidates."""
     logp = []  # N
     for i in range(0, len(x.candidates), 8):  # so that memory does not grow with N
         logp += logprob(x.candidates[i : i + 8], after_prompt).tolist()
@@ -196,18 +196,18 @@ DRAFT = (
     " say all values."
 )
 GAP = "\0"  # in an outline: here the model writes a JSON value
-UNSAID = "a value is not in the request"  # or in other words: such pairs come last
+UNSAID = "a value is not in the request"  # or paraphrased there: such pairs come last
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
 TYPES |= {"array": [list], "object": [dict]}
 MORE = ("additionalProperties", "anyOf", "oneOf", "allOf", "$ref")  # may add arguments
 
 
 def generate(model, tok, x, after_tools, tools, cfg):
-    """G. -> drafts {text, verdict, pair or None}, written in one batch, or supplied."""
+    """G. -> drafts {text, verdict, pair or None}: cfg.drafts a tool, in one batch, or supplied."""
     texts = x.supplied
     if texts is None:
         outlines, rngs = [], []
-        # Optional keys: of the called tool those that x says, of another a draw.
+        # Optional keys: of the called tool those whose value x says, of another a draw.
         known = {key for key, value in x.call["arguments"].items() if said(value, x.request)}
         for tool in tools:
             chosen = known if tool == x.call["name"] else None
@@ -227,8 +227,8 @@ def draft_prompt(model, request):
 
 
 def outline(name, schema, given, rng, chosen=None):
-    """-> a draft as texts, between which the model writes JSON values (|): a quote or brace
-    just before one is its first character. Optional arguments: those chosen, or a random half.
+    """-> a draft as texts, between which (|) the model writes JSON values: of each a quote or
+    brace before | is the begin. Optional arguments: those chosen, or a random half.
 
     nothing  {|
     name     {"call": {"name": "book", "arguments":|}, "request": "|}
@@ -266,7 +266,7 @@ def judge(text, x, cfg):
 
 
 def copies(request, turn):
-    """Is a request a turn of x, does it hold one of three words or more, or has it none?"""
+    """Is a request a turn of x, or around one of three words and more, or without a word?"""
     texts = request.casefold(), turn.casefold()
     new, old = (" ".join(re.findall(r"\w+", text)) for text in texts)
     return new in ("", old) or (old.count(" ") > 1 and f" {old} " in f" {new} ")
@@ -299,7 +299,7 @@ def lists_all(schema):
 
 
 def said(value, request):
-    """Does a request hold a value? Texts anywhere, numbers as a whole; others always."""
+    """Does a request hold a value? Texts anywhere, numbers whole, no empty one; others always."""
     if value in ("", [], {}):
         return False
     if type(value) in (int, float):
@@ -309,8 +309,8 @@ def said(value, request):
 
 
 def choose(drafts, tools, cfg):
-    """-> the pairs to train on: one for each of the tools, or none, as a part would pull the
-    answer to its tools; of supplied drafts or free ones (given nothing) the first K."""
+    """-> up to K pairs to train on: one for each of the tools, or none, as some of them would
+    bias the answer to theirs; of supplied drafts or free ones (given nothing) the first K."""
     usable = [draft["pair"] for draft in drafts if draft["verdict"] == "kept"]
     usable += [draft["pair"] for draft in drafts if draft["verdict"] == UNSAID]
     if cfg.given == "nothing" or cfg.pairs:
@@ -357,7 +357,7 @@ def train(spans, frozen, lora, cfg):
         loss.backward()
         losses.append(loss.item())
         norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None]).item()
-        if not 0 < norm < math.inf:  # zero, infinite or no number
+        if not 0 < norm < math.inf:  # zero, infinite or no number: no further step
             break
         lr = cfg.lr * (1 + math.cos(math.pi * epoch / cfg.epochs)) / 2
         if not adamw:  # FORK HERE: another update rule
@@ -394,8 +394,9 @@ class Prefix:
         """Reads new (R, T) behind a cache, in place -> (R, keep, V) the last logits."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        # Positions: with their number the output layer would copy its weight for each row.
+        # Given their number, the output layer would copy its weight for each row.
         last = torch.arange(new.shape[1])[-keep:]
+        # `cache`: past_key_values, before transformers 5.24.
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=last).logits
 
 
@@ -413,7 +414,7 @@ def measured(model, cost, stage):
 
 def logprob(spans, prefix):
     """-> (R,) nats: of R spans (ids, begin), log P of ids[begin:] behind ids[:begin].
-    All of them begin with the prefix, which ends before any `begin`.
+    All of them begin with the prefix, and every `begin` is behind it.
 
     tokens   t0    t1    t2    t3      the logits at one position
     logits   '---> '---> '---> '       predict the token at the next
@@ -441,17 +442,18 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     rows = []
     for (text, *parts), rng in zip(outlines, rngs, strict=True):
-        # text: dictated or whole so far; parts: to be dictated behind values; ids: what it has
-        # of the draft; queue: to be read next, first the rest of the prompt.
+        # ids, text: the draft so far, text up to where the last value began; parts: to be
+        # dictated behind values; queue: ids to be read next, first the rest of the prompt.
         row = SimpleNamespace(text=text, parts=parts, ids=[], queue=[], rng=rng, over=False)
         if text:
             force(tok, row)
         row.queue = ids[len(prefix.ids) :] + row.queue
         rows.append(row)
     cache, going = prefix.copy(len(rows)), rows
-    # How much is read behind ids; below 0: not all of them are.
+    # Tokens read behind ids; below 0: not all of these are. The last one written is never read.
     length = len(prefix.ids) - len(ids)
     while going and length < cfg.max_new_tokens - 1:
+        # All rows read as many: the cache is a rectangle. Who has no more draws a token.
         n = min(len(row.queue) for row in going)
         new = torch.tensor([row.queue[:n] for row in going])  # (R, n)
         logits = prefix.forward(cache, new, 1)[:, -1].float().cpu()  # (R, V)
@@ -472,8 +474,8 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     return [tok.decode(row.ids) if row.parts else row.text for row in rows]
 
 
-# Values that may come behind a part, by its last character. A token may hold the end of one
-# and the begin of the other: only tokens that are the same for all values are forced.
+# Values that may come behind a part, by its last character. One token may hold the end of the
+# part and the begin of the value (`:"`), so only those that are the same for all are forced.
 BEHIND = {
     "{": ('"call": {"name": "a', '"request": "a'),
     ":": (' "a', " 1", ' {"a', " [1", " t"),
@@ -490,15 +492,17 @@ def force(tok, row):
 
 
 def take(tok, row):
-    """Adds the queued token -> is the row over? Behind a value its next part is forced."""
+    """Adds the token in the queue -> is the row over? Where it ends a value, `force` is next."""
     written = tok.decode(row.ids + row.queue)
     if not row.parts:  # an answer
         row.ids = row.ids + row.queue
         row.text = written
         return parse(written) is not None
+    # The value begins with the quote or brace that was dictated.
     begin = len(row.text) - row.text.endswith(('"', "{"))
+    # What `force` left of the dictated text is the model's to write: it may deviate.
     agrees = written[: len(row.text)] == row.text[: len(written)]
-    end = json_end(written[begin:]) if agrees else -1
+    end = json_end(written[begin:]) if agrees else -1  # 0: goes on; -1: cannot be one
     if end > 0:
         # The token is not added: it may hold more than the end, which `force` spells.
         row.text = written[: begin + end] + row.parts.pop(0)
@@ -591,8 +595,8 @@ def render(tok, messages, tools=None, answered=False):
 
 @functools.cache
 def call_form(tok, template):
-    """-> what continues a prompt with CALL by the chat template, by which it is cached; None,
-    not native: it shows no tools, or a call that cannot be parsed."""
+    """-> what continues a prompt with CALL by the chat template, here a key of the cache only;
+    None, not native: it shows no tools, or a call that cannot be parsed."""
     user = {"role": "user", "content": "?"}
     calls = [{"id": ID, "type": "function", "function": CALL}]
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
@@ -615,9 +619,9 @@ def call_text(tok, call):
 
 
 def continuation(tok, text, most=math.inf):
-    """-> ids of a text that stands behind another, with which none of them merges; those
-    that begin in its first `most` characters."""
-    # A stand-in of one character takes the blank that some tokenizers put first.
+    """-> ids of a text that stands behind another, no token of both; those that begin in its
+    first `most` characters."""
+    # A stand-in takes the blank that some tokenizers put first, and moves all offsets by one.
     stand_in = "a" if text[:1].isdigit() else "0"
     out = tok(stand_in + text, add_special_tokens=False, return_offsets_mapping=True)
     places = zip(out.input_ids, out.offset_mapping, strict=True)
@@ -668,7 +672,7 @@ def composed(value):
 
 
 def json_end(text):
-    """-> where the JSON value that begins a text ends; 0: it is open; -1: not JSON."""
+    """-> where the JSON value that begins a text ends; 0: it may go on; -1: not JSON."""
     start = len(text) - len(text.lstrip())
     try:
         _, end = DECODER.raw_decode(text, start)
@@ -763,10 +767,10 @@ def to_sample(record):
 
 def to_tool(tool):
     """-> {name, description, parameters}, completed: some templates want all three."""
-    given = tool.get("parameters") or EMPTY
-    schema = EMPTY | {key: value for key, value in given.items() if value is not None}
+    raw = tool.get("parameters") or EMPTY
+    schema = EMPTY | {key: value for key, value in raw.items() if value is not None}
     # Refused: xLAM's map of properties; MCP's and Anthropic's names for a schema.
-    is_schema = "properties" in given or given.get("type") == "object"
+    is_schema = "properties" in raw or raw.get("type") == "object"
     is_schema = is_schema and not {"inputSchema", "input_schema"} & tool.keys()
     lists = [rule.get("enum") or [] for rule in schema["properties"].values()]
     lists.append(schema["required"])
@@ -791,9 +795,13 @@ def load(name, cfg):
         torch.empty(0, device=device)
     dtype = "float32" if cfg.dtype == "auto" and "cpu" in device else cfg.dtype
     is_folder = Path(name).is_dir()
-    where = name if is_folder else f"{name}: no such folder here; of the hub"
+    need(is_folder or name[:1] not in "/.~\\", f"{name}: no such folder")
+    online = not is_folder and hub_answers()
+    where = name
+    if not is_folder:
+        where += ": no such folder here; " + ("of the hub" if online else "the hub is out of reach")
     with advising(where, "give a causal language model with safetensors and chat template"):
-        how = {"trust_remote_code": False, "local_files_only": is_folder or not hub_answers()}
+        how = {"trust_remote_code": False, "local_files_only": not online}
         tok = transformers.AutoTokenizer.from_pretrained(name, **how)
         tok.get_chat_template()
         need(tok.is_fast, "its tokenizer is a slow one")
@@ -892,9 +900,11 @@ def table(rows):
         lines.append(f"direct{tool:17.1f} %{call:11.1f} %")
         lines.append(f"TT-SI{new_tool:18.1f} %{new_call:11.1f} %")
         gain = points[:, 1, 1] - points[:, 0, 1]
-        low, high = interval(gain.tolist())
+        bounds = "too few for an interval"
+        if len(gain) > 9:
+            bounds = "[{:+.1f}, {:+.1f}]".format(*interval(gain.tolist()))
         changed = f"{(gain > 0).sum()} repaired, {(gain < 0).sum()} broken"
-        lines.append(f"difference{gain.mean():+28.1f}  [{low:+.1f}, {high:+.1f}]   {changed}")
+        lines.append(f"difference{gain.mean():+28.1f}  {bounds}   {changed}")
     verdicts = [draft["verdict"] for row in rows for draft in row["drafts"]]
     of_drafts = f"; of {len(verdicts)} drafts {counted(verdicts)}" if verdicts else ""
     lines.append(counted(row["decision"] for row in rows) + of_drafts)
@@ -920,7 +930,7 @@ def run(cfg):
     path = cfg.data or DATA / ("demo.jsonl" if embedded else "everyday.jsonl")
     samples = read_jsonl(path, to_sample)
     ids = [cfg.trace] if cfg.trace else list(samples)[: cfg.limit or None]
-    need(samples.keys() >= set(ids), f"--trace: {path} has no sample {cfg.trace}")
+    need(samples.keys() >= set(ids), f"--trace: {path} has {[*samples][:2]}..., not {cfg.trace}")
     if cfg.pairs:
         advice = "a line is {id, pairs: [{request, call}, ...]}"
         pairs = read_jsonl(cfg.pairs, lambda row: [*map(dumps, row["pairs"])], advice)

@@ -371,7 +371,7 @@ def convert(path, answers_path=None):
             encoded(record)
             if isinstance(record.get("question"), list) and "function" in record:
                 record = from_bfcl(record, answers)
-            record = to_record(record, items - 1)
+            record = to_record(record, items)
             encoded(record)
             need(record["id"] not in records, "its id is an earlier record's; give each its own")
             records[record["id"]] = record

@@ -184,7 +184,7 @@ def test_line_ends_a_byte_order_mark_and_gzip_change_nothing(tmp_path):
     forms += [f"[{texts[0]},\n{texts[1]}]"]
     for data in [form.encode() for form in forms] + [gzip.compress(forms[0].encode())]:
         (tmp_path / "x").write_bytes(data)
-        want = [RECORD, {"id": "1", "messages": ASKED, "tools": TOOLS}]
+        want = [RECORD, {"id": "2", "messages": ASKED, "tools": TOOLS}]
         assert convert.convert(str(tmp_path / "x"))[0] == want, data[:20]
 
 
