@@ -168,9 +168,9 @@ def margin(logp):  # FORK HERE: another uncertainty, for a --tau of its own
     return first - sum(second)
 
 
-def certainty(u, found, cfg):
+def certainty(u, flaw_found, cfg):
     """-> u, but 0 where the direct answer has a flaw [ours]: below tau it is uncertain."""
-    return 0.0 if found and cfg.check else u
+    return 0.0 if flaw_found and cfg.check else u
 
 
 def doubtful_tools(result, x, cfg):
@@ -208,9 +208,9 @@ def generate(model, tok, x, after_tools, tools, cfg):
     if texts is None:
         outlines, rngs = [], []
         # Optional keys: of the called tool those whose value x says, of another a draw.
-        known = {key for key, value in x.call["arguments"].items() if said(value, x.request)}
+        stated = {key for key, value in x.call["arguments"].items() if said(value, x.request)}
         for tool in tools:
-            chosen = known if tool == x.call["name"] else None
+            chosen = stated if tool == x.call["name"] else None
             for n in range(cfg.drafts):
                 rng = draw(cfg.seed, x.id, tool, n)
                 outlines.append(outline(tool, x.schemas[tool], cfg.given, rng, chosen))
@@ -257,11 +257,11 @@ def judge(text, x, cfg):
         value = composed(DECODER.decode(text))
         pair = {"request": value["request"].strip(), "call": to_call(value["call"])}
         span(x.tok, x, pair["request"], pair["call"])  # does it fit the context?
-        found = flaw(pair["call"], pair["request"], x) if cfg.check else ""
+        fault = flaw(pair["call"], pair["request"], x) if cfg.check else ""
         # Refused even unchecked: --pairs might hold x with its label.
         if any(copies(pair["request"], turn) for turn in x.turns):
-            found = "copy of the request"
-        verdict = found or "kept"
+            fault = "copy of the request"
+        verdict = fault or "kept"
     return {"text": text, "verdict": verdict, "pair": pair}
 
 
@@ -395,9 +395,9 @@ class Prefix:
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
         # Given their number, the output layer would copy its weight for each row.
-        last = torch.arange(new.shape[1])[-keep:]
+        indices = torch.arange(new.shape[1])[-keep:]
         # `cache`: past_key_values, before transformers 5.24.
-        return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=last).logits
+        return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=indices).logits
 
 
 @contextmanager
@@ -449,16 +449,16 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
             force(tok, row)
         row.queue = ids[len(prefix.ids) :] + row.queue
         rows.append(row)
-    cache, going = prefix.copy(len(rows)), rows
+    cache, active = prefix.copy(len(rows)), rows
     # Tokens read behind ids; below 0: not all of these are. The last one written is never read.
     length = len(prefix.ids) - len(ids)
-    while going and length < cfg.max_new_tokens - 1:
+    while active and length < cfg.max_new_tokens - 1:
         # All rows read as many: the cache is a rectangle. Who has no more draws a token.
-        n = min(len(row.queue) for row in going)
-        new = torch.tensor([row.queue[:n] for row in going])  # (R, n)
+        n = min(len(row.queue) for row in active)
+        new = torch.tensor([row.queue[:n] for row in active])  # (R, n)
         logits = prefix.forward(cache, new, 1)[:, -1].float().cpu()  # (R, V)
         length += n
-        for row, scores in zip(going, logits, strict=True):
+        for row, scores in zip(active, logits, strict=True):
             row.queue = row.queue[n:]
             if not row.queue:
                 token = scores.argmax()
@@ -467,10 +467,10 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
                     token = torch.multinomial(p, 1, generator=row.rng)
                 row.queue = [token.item()]
                 row.over = row.queue[0] in ends or take(tok, row)
-        stay = [i for i, row in enumerate(going) if not row.over]
-        if len(stay) < len(going):
+        stay = [i for i, row in enumerate(active) if not row.over]
+        if len(stay) < len(active):
             cache.batch_select_indices(torch.tensor(stay, dtype=torch.long))
-            going = [going[i] for i in stay]
+            active = [active[i] for i in stay]
     return [tok.decode(row.ids) if row.parts else row.text for row in rows]
 
 
@@ -551,10 +551,10 @@ def prepare(tok, sample, cfg):
     x.head = max(len(os.path.commonprefix([x.ids, other])) - 1, 0)
     # A candidate ends with what closes its name, or `book` always beats `book_room`.
     calls = []  # N
-    opening = call_text(tok, CALL | {"arguments": {}}).index(dumps(CALL["name"]))
+    name_at = call_text(tok, CALL | {"arguments": {}}).index(dumps(CALL["name"]))
     for name in x.schemas:
         text = call_text(tok, {"name": name, "arguments": {}})
-        calls.append(continuation(tok, text, opening + len(dumps(name))))
+        calls.append(continuation(tok, text, name_at + len(dumps(name))))
     # What all begin with is not scored: it adds the same to every l_n.
     shared = len(x.ids + os.path.commonprefix(calls))
     x.candidates = [(x.ids + ids, shared) for ids in calls]
@@ -585,12 +585,12 @@ def render(tok, messages, tools=None, answered=False):
     """-> messages by the chat template; unless answered, up to where it goes on."""
     if tools:
         tools = [{"type": "function", "function": tool} for tool in tools]
-    how = dict(tokenize=False, enable_thinking=False, date_string="01 January 2026")
+    options = dict(tokenize=False, enable_thinking=False, date_string="01 January 2026")
     advice = "let at most one system turn come first, then user and assistant in turn"
     with advising("the chat template refuses this dialogue", advice):
         template = CLOCK + tok.get_chat_template(tools=tools)
-        how |= {"chat_template": template, "add_generation_prompt": not answered}
-        return tok.apply_chat_template(messages, tools=tools, **how)
+        options |= {"chat_template": template, "add_generation_prompt": not answered}
+        return tok.apply_chat_template(messages, tools=tools, **options)
 
 
 @functools.cache
@@ -618,14 +618,14 @@ def call_text(tok, call):
     return text.replace(dumps(CALL["arguments"]), dumps(call["arguments"]), 1)
 
 
-def continuation(tok, text, most=math.inf):
+def continuation(tok, text, upto=math.inf):
     """-> ids of a text that stands behind another, no token of both; those that begin in its
-    first `most` characters."""
+    first `upto` characters."""
     # A stand-in takes the blank that some tokenizers put first, and moves all offsets by one.
     stand_in = "a" if text[:1].isdigit() else "0"
     out = tok(stand_in + text, add_special_tokens=False, return_offsets_mapping=True)
-    places = zip(out.input_ids, out.offset_mapping, strict=True)
-    return [i for i, (begin, end) in places if end > 1 and begin <= most]
+    offsets = zip(out.input_ids, out.offset_mapping, strict=True)
+    return [i for i, (begin, end) in offsets if end > 1 and begin <= upto]
 
 
 def transcript(messages):
@@ -714,14 +714,14 @@ def to_call(value):
 def grade(text, gold):
     """-> [right tool?, right call?] of an answer. Numbers are compared by their text
     [ours]: "5" is 5, and 12.0 is 12."""
-    how = {"parse_int": str, "parse_float": lambda number: number.removesuffix(".0")}
-    call, gold = (json.loads(dumps(value), **how) for value in (parse(text), gold))
+    as_text = {"parse_int": str, "parse_float": lambda number: number.removesuffix(".0")}
+    call, gold = (json.loads(dumps(value), **as_text) for value in (parse(text), gold))
     return [bool(call) and call["name"] == gold["name"], call == gold]
 
 
 def read_jsonl(path, convert, advice="other forms: python data/convert.py FILE > calls.jsonl"):
     """-> {id: convert(record)} of a file of JSON lines; a bad one is named by its line."""
-    found = {}
+    records = {}
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if line.strip():
             with advising(f"{path}:{number}", advice):
@@ -729,10 +729,10 @@ def read_jsonl(path, convert, advice="other forms: python data/convert.py FILE >
                 need(isinstance(record, dict), "no JSON object")
                 i = record.get("id")
                 record["id"] = i = str(number if i in (None, "") else i)
-                need(i not in found, f"id {i} twice")
-                found[i] = convert(record)
-    need(found, f"{path}: it is empty; {advice}")
-    return found
+                need(i not in records, f"id {i} twice")
+                records[i] = convert(record)
+    need(records, f"{path}: it is empty; {advice}")
+    return records
 
 
 def to_sample(record):
@@ -787,10 +787,10 @@ def load(name, cfg):
     """-> (model, tokenizer), frozen; safetensors only, and none of its own code runs."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    found = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = cfg.device
     if device == "auto":
-        device = f"{found}:{os.environ.get('LOCAL_RANK', 0)}" if found else "cpu"
+        device = f"{accelerator}:{os.environ.get('LOCAL_RANK', 0)}" if accelerator else "cpu"
     with advising(f"--device {device}", "give auto, cpu, cuda or mps"):
         torch.empty(0, device=device)
     dtype = "float32" if cfg.dtype == "auto" and "cpu" in device else cfg.dtype
@@ -801,20 +801,20 @@ def load(name, cfg):
     if not is_folder:
         where += ": no such folder here; " + ("of the hub" if online else "the hub is out of reach")
     with advising(where, "give a causal language model with safetensors and chat template"):
-        how = {"trust_remote_code": False, "local_files_only": not online}
-        tok = transformers.AutoTokenizer.from_pretrained(name, **how)
+        options = {"trust_remote_code": False, "local_files_only": not online}
+        tok = transformers.AutoTokenizer.from_pretrained(name, **options)
         tok.get_chat_template()
         need(tok.is_fast, "its tokenizer is a slow one")
-        opening = render(tok, [{"role": "user", "content": "?"}])
-        need(not opening.rstrip().endswith("<think>"), "its template opens a thought")
-        how |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
+        prompt = render(tok, [{"role": "user", "content": "?"}])
+        need(not prompt.rstrip().endswith("<think>"), "its template opens a thought")
+        options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
         need(not info["missing_keys"], f"weights are missing: {info['missing_keys']}")
     with advising(name, "give another --device or --dtype"):
         model = model.to(device).eval().requires_grad_(False)
     config = model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None) or math.inf
-    tok.model_max_length = min(tok.model_max_length, most) - cfg.max_new_tokens
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    tok.model_max_length = min(tok.model_max_length, context) - cfg.max_new_tokens
     with advising(name, "give one with a plain key/value cache, that a LoRA can train"):
         rope = f"{getattr(config, 'rope_parameters', None)}"
         changes = "longrope" in rope or "dynamic" in rope
@@ -837,13 +837,13 @@ def hub_answers():
 def try_out(model, tok):
     """Does once what a sample does: rows continue a prefix, and a LoRA makes a step."""
     cfg = Config(epochs=1)
-    last = max(tok.get_vocab().values())
+    highest = max(tok.get_vocab().values())
     size = len(model.get_input_embeddings().weight)
-    need(last < size, f"token {last} is beyond its {size} embeddings")
-    ids = [last, *range(7)]
+    need(highest < size, f"token {highest} is beyond its {size} embeddings")
+    ids = [highest, *range(7)]
     spans = [(ids, 4), (ids[:6], 5)]
-    whole, parts = logprob(spans, Prefix(model, [])), logprob(spans, Prefix(model, ids[:3]))
-    same = torch.allclose(whole, parts, rtol=0.1, atol=0.1)
+    at_once, continued = logprob(spans, Prefix(model, [])), logprob(spans, Prefix(model, ids[:3]))
+    same = torch.allclose(at_once, continued, rtol=0.1, atol=0.1)
     need(same, "what it has read cannot be continued")
     with temporary_lora(model, cfg, draw("trial")) as lora:
         train(spans, Prefix(model, []), lora, cfg)
@@ -983,12 +983,12 @@ def report(cfg, path, model, tok):
 
 def key_of(cfg, samples, models):
     """-> what rows of one file share: settings, data, weights, template, this code."""
-    places = ("limit", "output", "trace", "model", "teacher", "data", "pairs")
-    known = [Path(__file__).read_text("utf-8"), samples, vars(cfg) | dict.fromkeys(places)]
+    not_in_key = ("limit", "output", "trace", "model", "teacher", "data", "pairs")
+    content = [Path(__file__).read_text("utf-8"), samples, vars(cfg) | dict.fromkeys(not_in_key)]
     for model, tok in models:
         weights = [torch.hash_tensor(p.cpu()).item() for p in model.parameters()]
-        known.append([tok.chat_template, draft_prompt(model, ""), weights])
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
+        content.append([tok.chat_template, draft_prompt(model, ""), weights])
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def tell(row, sample, tok, cfg):
@@ -1023,9 +1023,9 @@ def parse_arguments(argv):
         if item.type is bool:
             group.add_argument(f"--no-{flag}", dest=item.name, action="store_false", help=text)
         else:
-            how = {"type": type(item.default), "choices": get_args(item.type) or None}
+            options = {"type": type(item.default), "choices": get_args(item.type) or None}
             text += f"; default: {item.default}" * (item.type is not str)
-            group.add_argument(f"--{flag}", default=item.default, help=text, **how)
+            group.add_argument(f"--{flag}", default=item.default, help=text, **options)
     flags = []
     for flag in argv:
         flags += PAPER.split() if flag == "--paper" else [flag]
