@@ -33,7 +33,7 @@ import ttsi
 
 HERE = Path(__file__).resolve().parent
 SOURCE, README = ((HERE / name).read_text() for name in ("ttsi.py", "README.md"))
-MOST = 1050  # lines of ttsi.py
+MOST = 1055  # lines of ttsi.py
 FLAGS = {field.name for field in fields(ttsi.Config)} | {"paper"}
 SLOW = bool(os.environ.get("SLOW"))
 torch.set_num_threads(1)  # for models as small as these more would wait for one another
@@ -75,7 +75,6 @@ ODD = ["name", "arguments", "App\\Tools\\go", 'q"', "a\tb", "größe", "e\u0301"
 STATUS = {"type": "function", "function": CANCEL | {"arguments": '{"city": "Rome"}'}}
 CALLED = {"role": "assistant", "content": None, "tool_calls": [STATUS | {"id": "c"}]}
 EARLIER = [CALLED, {"role": "tool", "tool_call_id": "c", "content": "pending"}]
-
 FREE = {"cost": 0, "run": 0}  # what differs from run to run
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -570,8 +569,7 @@ def test_nothing_is_left_of_a_run_or_of_an_exception_in_training():
     model = small(TOK, attention_dropout=0.5)
     before, first = digest(model), rows_of(model, TOK, [A, B, C], ALWAYS)
     assert digest(model) == before, "not reset after a run"
-    decisions = [row["decision"] for row in first.values()]
-    assert decisions == ["adapted", "adapted", "no pair"], decisions
+    assert [row["decision"] for row in first.values()] == ["adapted", "adapted", "no pair"]
     second = Mock(side_effect=[None, KeyboardInterrupt])  # in the second step
     handle = model.lm_head.register_full_backward_hook(second)
     with pytest.raises(KeyboardInterrupt):
@@ -658,7 +656,7 @@ def test_records_in_openais_form(tmp_path):
 TOOLS = [tool("f", x={"enum": 5}), tool("f", x=[]), tool(5), FLIGHT[0]]
 TOOLS += [{"name": "f", key: {"x": STRING}} for key in ("parameters", "inputSchema")]
 TOOLS += [tool("f") | {"parameters": ttsi.EMPTY | {"required": k}} for k in (True, [["x"]])]
-OTHER = [record(tools=[]), *(record(tools=[*FLIGHT, bad]) for bad in TOOLS)]
+OTHER = [record(tools=[]), record(messages="q"), *(record(tools=[*FLIGHT, bad]) for bad in TOOLS)]
 OTHER += [record(CALLED | {"tool_calls": [STATUS, {"function": BOOK["call"]}]}), record(call=F)]
 OTHER += [record(call=CANCEL | {"arguments": arguments}) for arguments in ("{", [1], "[1]")]
 OTHER += [record({"role": "assistant", "function_call": STATUS["function"]}), record(id="good")]
@@ -677,7 +675,7 @@ def test_other_forms_are_refused_in_one_line_with_their_place(tmp_path, line):
         command(["--data", str(path)])
     assert str(e.value).startswith(f"{path}:3: "), str(e.value)[:200]
     assert "python data/convert.py" in str(e.value) and "\n" not in str(e.value)
-    assert line != b"[]" or "no JSON object" in str(e.value), "it is told in Python's words"
+    assert "object has no" not in str(e.value) or b'"x"' in line, "it is told in Python's words"
 
 
 T, G = '{"name": "f", "arguments": {"x": 1}}', '{"name": "g", "arguments": {}}'
@@ -775,9 +773,11 @@ def test_the_table_by_hand():
 direct             75.0 %       25.0 %
 TT-SI              75.0 %       75.0 %
 difference                       +50.0  [{low:+.1f}, {high:+.1f}]   6 repaired, 0 broken
-6 adapted, 3 certain, 3 not answered: long; of 18 drafts 12 kept, 6 wrong type
+of 13 samples 12 have a label
+6 adapted, 4 certain, 3 not answered: long; of 18 drafts 12 kept, 6 wrong type
 an answer takes 4.3 x the seconds and 5.7 x the tokens of a direct one"""
-    assert ttsi.table(rows * 3) == want[1:], ttsi.table(rows * 3)
+    got = ttsi.table([*rows * 3, {"decision": "certain", "drafts": [], "cost": {}}])
+    assert got == want[1:], got
 
 
 # Guards: rows that are lost, made twice, torn, or of other settings; a file that is touched then.
@@ -853,11 +853,10 @@ def test_what_a_person_sees(tmp_path):
     (path := tmp_path / "d.jsonl").write_text(json.dumps(record(tools=GET)))
     rows, foreign = quiet("--data", path, "--max-new-tokens", 8)
     run = rows["r"]["run"]
-    assert foreign.startswith(f"{run}\n") and f"{path}, max_new_tokens 8" in run
-    assert "1,992,480 parameters" in run
+    assert run in foreign and re.search(f"1,992,480 parameters.*{path}, max_new_tokens 8", run)
     assert "toy world alone" in foreign and "toy world" not in text, "it knows its own alone"
     assert "right call" not in foreign and "grades" not in rows["r"], "nothing is labelled"
-    assert foreign.endswith("answers: give --output FILE to keep them\n"), "where are they?"
+    assert foreign.endswith("no label; answers: give --output FILE to keep them\n"), "where?"
 
 
 # Guards: a traceback of an import that is cut off; a hub's client that tries for a minute.
@@ -866,8 +865,7 @@ def test_before_there_is_a_model(monkeypatch):
     while "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text():  # it is loading
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
-    told = (child.communicate()[1], child.returncode)
-    assert told == ("ttsi: stopped before the first sample\n", 130)
+    assert (child.wait(), child.stderr.read()) == (130, "ttsi: stopped before the first sample\n")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     began = time.time()
     with pytest.raises(ttsi.InputError, match="no such folder here; the hub is out of reach: "):
@@ -908,6 +906,7 @@ def refused(folder, why):
 # Guards: a model that loads and then fails at the first sample, or whose scores are wrong.
 @pytest.mark.parametrize("why,kind,more", REFUSED)
 def test_models_that_cannot_be_continued_are_refused_at_load(tmp_path, why, kind, more):
+    refused(tmp_path, "config.json")
     small(TOK, kind, **more).save_pretrained(tmp_path)
     TOK.save_pretrained(tmp_path)
     refused(tmp_path, why)

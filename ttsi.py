@@ -96,7 +96,7 @@ class Result:  # what Algorithm 1 did with one input, as --trace tells it
     id: str
     direct: str = field("", "what the base writes")
     flaw: str = field("", "what label-free checks say of that: it is uncertain, too")
-    logp: dict = field(None, "H: l_n of each tool, nats, without their common first tokens")
+    logp: dict = field(None, "H: l_n of each tool, nats, from the first token that differs")
     margin: float = field(None, "H: u = p(1) - p(2), from 0 to 1; uncertain below tau")
     drafts: list = field((), "G: all that were written, with what the checks say")
     pairs: list = field((), "G: those to train on")
@@ -153,7 +153,7 @@ def tt_si(model, tok, sample, cfg, writer=None):
 # ------------------------------------------------------------ H: self-awareness
 @torch.no_grad()
 def score(x, after_prompt):
-    """H. -> {tool name: l_n, nats}, without the first tokens, common to all candidates."""
+    """H. -> {tool name: l_n, nats}, from the first token in which candidates differ."""
     logp = []  # N
     for i in range(0, len(x.candidates), 8):  # so that memory does not grow with N
         logp += logprob(x.candidates[i : i + 8], after_prompt).tolist()
@@ -161,7 +161,7 @@ def score(x, after_prompt):
     return dict(zip(x.schemas, logp, strict=True))
 
 
-def margin(logp):  # FORK HERE: another uncertainty, for a --tau of its own
+def margin(logp):  # FORK HERE: another certainty, 0 to 1, for a --tau of its own
     """Relative Softmax Scoring: u = p(1) - p(2); without a runner-up p(1) [ours]."""
     p = torch.tensor([*logp.values()], dtype=torch.float64).softmax(0)  # (N,)
     first, *second = p.topk(min(2, len(p))).values.tolist()
@@ -738,7 +738,7 @@ def read_jsonl(path, convert, advice="other forms: python data/convert.py FILE >
 def to_sample(record):
     """A record in OpenAI's form -> {id, messages, tools, call?}; the label is call alone."""
     for key in ("messages", "tools"):
-        need(record.get(key), f"no {key}")
+        need(record.get(key) and isinstance(record[key], list), f"no list of {key}")
     tools = [to_tool(tool.get("function", tool)) for tool in record["tools"]]
     names = [tool["name"] for tool in tools]
     need(len(set(names)) == len(names), f"a tool twice: {names}")
@@ -747,7 +747,9 @@ def to_sample(record):
         message = {key: value for key, value in message.items() if value is not None}
         need(message["role"] in ROLES, f"role {message['role']} is none of {ROLES}")
         need("function_call" not in message, "function_call is an older form")
-        message |= {"content": message.get("content", "").strip(), "tool_call_id": ID}
+        content = message.get("content", "")
+        need(isinstance(content, str), "a content that is no text")
+        message |= {"content": content.strip(), "tool_call_id": ID}
         calls = [to_call(call["function"]) for call in message.pop("tool_calls", [])]
         if calls:
             message["tool_calls"] = [{"id": ID, "type": "function", "function": c} for c in calls]
@@ -802,6 +804,7 @@ def load(name, cfg):
         where += ": no such folder here; " + ("of the hub" if online else "the hub is out of reach")
     with advising(where, "give a causal language model with safetensors and chat template"):
         options = {"trust_remote_code": False, "local_files_only": not online}
+        need(not is_folder or (Path(name) / "config.json").exists(), "it has no config.json")
         tok = transformers.AutoTokenizer.from_pretrained(name, **options)
         tok.get_chat_template()
         need(tok.is_fast, "its tokenizer is a slow one")
@@ -905,6 +908,8 @@ def table(rows):
             bounds = "[{:+.1f}, {:+.1f}]".format(*interval(gain.tolist()))
         changed = f"{(gain > 0).sum()} repaired, {(gain < 0).sum()} broken"
         lines.append(f"difference{gain.mean():+28.1f}  {bounds}   {changed}")
+        if len(grades) < len(rows):
+            lines.append(f"of {len(rows)} samples {len(grades)} have a label")
     verdicts = [draft["verdict"] for row in rows for draft in row["drafts"]]
     of_drafts = f"; of {len(verdicts)} drafts {counted(verdicts)}" if verdicts else ""
     lines.append(counted(row["decision"] for row in rows) + of_drafts)
@@ -965,7 +970,7 @@ def run(cfg):
         elif rows and (world == 1 or rows.keys() >= set(ids)):
             print(table([rows[i] for i in samples if i in rows]))
             if not any("grades" in row for row in rows.values()):
-                print(f"answers: {cfg.output or 'give --output FILE to keep them'}")
+                print(f"no label; answers: {cfg.output or 'give --output FILE to keep them'}")
     return rows
 
 

@@ -204,7 +204,8 @@ class Lab:
     def samples(self):
         """{id: sample} of the whole file."""
         samples = ttsi.read_jsonl(self.data, ttsi.to_sample)
-        ttsi.need(all("call" in s for s in samples.values()), f"{self.data}: a label is missing")
+        for i, sample in samples.items():
+            ttsi.need("call" in sample, f"{self.data}: {i} has no label (call); leave it out")
         return samples
 
     @property
@@ -276,7 +277,7 @@ class Lab:
         path, whole = self.path(name), self.path(name, whole=True)
         head = self.head(name)
         kept, rows = read_rows(path)
-        ttsi.need(kept in (None, head), f"{path}*: other settings, data or weights; give --rows")
+        ttsi.need(kept in (None, head), f"{path}*: other settings, data, model; give --rows DIR")
         mine = [i for i in seeded(chosen)[RANK::WORLD] if i not in rows]
         if mine:
             for file in {path, whole}:
@@ -345,9 +346,6 @@ class Lab:
 
     def teacher(self, i):
         return loaded(TEACHER, self.args.flags)
-
-    def tuned(self, i):
-        return self.lora
 
     @functools.cached_property
     def lora(self):
@@ -462,7 +460,9 @@ METHODS = {
     "vote": Method("vote, at TT-SI's tokens", vote, "--temperature 1", needs=Lab.tokens),
     "best": Method("best of N, at TT-SI's tokens", best_of, "--temperature 1", needs=Lab.tokens),
     "teacher": Method("a teacher's pairs (TT-D)", ttsi.tt_si, needs=Lab.teacher),
-    "sft": Method(f"SFT on {LABELS} labels", fine_tuned, "--adapt full", "all", Lab.tuned),
+    "sft": Method(
+        f"SFT on {LABELS} labels", fine_tuned, "--adapt full", "all", lambda lab, _: lab.lora
+    ),
     "itself": Method("the item itself, a bound", trained, on="all", needs=Lab.itself),
 }
 ALL, BOTH = "adapt all (tau 2)", "default rest"  # a line of two methods' rows
@@ -596,4 +596,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (ttsi.InputError, OSError) as e:
-        sys.exit(f"experiments: {e}")
+        print("experiments:", e, file=sys.stderr)
+        sys.exit(2)
