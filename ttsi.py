@@ -10,10 +10,10 @@ Departures from the paper, and choices where it is silent:
  1. x is answered first. A flaw, such as a value not in its request: uncertain, too.
  2. A pair for each of the two likeliest tools (flaw alone: of the called one), its tool and keys
     dictated; if one fails, none. It is written call first; a copy of x is never trained on.
- 3. Polyak's step, on calls alone, as the template spells and ends them; a cosine, no warm-up.
+ 3. Polyak's step, on calls alone, as a native template spells and ends them; a cosine, no warm-up.
  4. The LoRA acts behind the tools only (--adapt suffix): their cache serves every stage.
  5. Tools are offered in a seeded order: benchmarks list the right one first (--no-shuffle).
---paper undoes the departures: of 1 that flaws count, of 2 the first sentence, of 3 the step, 4.
+--paper undoes the departures: of 1 that flaws count, of 2 the first sentence, of 3 the step, and 4.
 
 N candidates, p(1) >= p(2) >= ..., R rows of T tokens, V vocabulary, K pairs, r rank. In a span
 (ids, begin), ids[begin:] is scored behind ids[:begin]. FORK HERE: one place for another idea.
@@ -95,7 +95,7 @@ class Config:  # every field is a flag; [paper]: stated there or reported; [ours
 class Result:  # what Algorithm 1 did with one input, as --trace tells it
     id: str
     direct: str = field("", "what the base writes")
-    flaw: str = field("", "what label-free checks say of that: it is uncertain, too")
+    flaw: str = field("", "what label-free checks say of that")
     logp: dict = field(None, "H: l_n of each tool, nats, from the first token that differs")
     margin: float = field(None, "H: u = p(1) - p(2), from 0 to 1; uncertain below tau")
     drafts: list = field((), "G: all that were written, with what the checks say")
@@ -175,7 +175,7 @@ def certainty(u, flaw_found, cfg):
 
 def doubtful_tools(result, x, cfg):
     """-> the tools to write pairs for: the K likeliest where u < tau; where a flaw alone makes
-    it uncertain [ours], that call's tool; none where it is certain."""
+    it uncertain [ours], that call's tool, or the likeliest; none where it is certain."""
     likeliest = sorted(result.logp, key=result.logp.get, reverse=True)
     if certainty(result.margin, result.flaw, cfg) >= cfg.tau:
         return []
@@ -196,7 +196,7 @@ DRAFT = (
     " say all values."
 )
 GAP = "\0"  # in an outline: here the model writes a JSON value
-UNSAID = "a value is not in the request"  # or paraphrased there: such pairs come last
+UNSAID = "a value is not in the request"  # or paraphrased there: such pairs are chosen last
 TYPES = {"string": [str], "integer": [int], "number": [int, float], "boolean": [bool]}
 TYPES |= {"array": [list], "object": [dict]}
 MORE = ("additionalProperties", "anyOf", "oneOf", "allOf", "$ref")  # may add arguments
@@ -227,8 +227,8 @@ def draft_prompt(model, request):
 
 
 def outline(name, schema, given, rng, chosen=None):
-    """-> a draft as texts, between which (|) the model writes JSON values: of each a quote or
-    brace before | is the begin. Optional arguments: those chosen, or a random half.
+    """-> a draft as texts, between which (|) the model writes JSON values; a quote or brace
+    before | begins its value. Optional arguments: those chosen, or a random half.
 
     nothing  {|
     name     {"call": {"name": "book", "arguments":|}, "request": "|}
@@ -394,7 +394,7 @@ class Prefix:
         """Reads new (R, T) behind a cache, in place -> (R, keep, V) the last logits."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        # Given their number, the output layer would copy its weight for each row.
+        # Given an int, the output layer would copy its weight for each row.
         indices = torch.arange(new.shape[1])[-keep:]
         # `cache`: past_key_values, before transformers 5.24.
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=indices).logits
@@ -450,7 +450,7 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
         row.queue = ids[len(prefix.ids) :] + row.queue
         rows.append(row)
     cache, active = prefix.copy(len(rows)), rows
-    # Tokens read behind ids; below 0: not all of these are. The last one written is never read.
+    # Tokens read behind ids, negative while these are read. The last one written is never read.
     length = len(prefix.ids) - len(ids)
     while active and length < cfg.max_new_tokens - 1:
         # All rows read as many: the cache is a rectangle. Who has no more draws a token.
@@ -831,7 +831,7 @@ def hub_answers():
     try:
         url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         urllib.request.urlopen(url, timeout=5).close()
-    except OSError as e:  # or it answers, be it without a page or certificate
+    except OSError as e:  # but an HTTP or certificate error is an answer, too
         cause = getattr(e, "reason", e)
         return isinstance(e, urllib.error.HTTPError) or isinstance(cause, ssl.SSLError)
     return True
