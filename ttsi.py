@@ -450,7 +450,7 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
         row.queue = ids[len(prefix.ids) :] + row.queue
         rows.append(row)
     cache, active = prefix.copy(len(rows)), rows
-    # Tokens read behind ids, negative while these are read. The last one written is never read.
+    # Tokens read behind ids; negative while ids are read. The last token is never read.
     length = len(prefix.ids) - len(ids)
     while active and length < cfg.max_new_tokens - 1:
         # All rows read as many: the cache is a rectangle. Who has no more draws a token.
