@@ -394,7 +394,7 @@ class Prefix:
         """Reads new (R, T) behind a cache, in place -> (R, keep, V) the last logits."""
         Prefix.tokens += new.numel() * (1 + torch.is_grad_enabled())
         ids = new.to(self.model.device)
-        # Given an int, the output layer would copy its weight for each row.
+        # Given an int (a slice), the output layer would copy its weight for each row.
         indices = torch.arange(new.shape[1])[-keep:]
         # `cache`: past_key_values, before transformers 5.24.
         return self.model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=indices).logits
@@ -442,8 +442,8 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
     ends = {tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     rows = []
     for (text, *parts), rng in zip(outlines, rngs, strict=True):
-        # ids, text: the draft so far, text up to where the last value began; parts: to be
-        # dictated behind values; queue: ids to be read next, first the rest of the prompt.
+        # ids: of the draft so far; text: the same up to where its last value began; parts: to
+        # be dictated behind values; queue: ids to be read next, first the rest of the prompt.
         row = SimpleNamespace(text=text, parts=parts, ids=[], queue=[], rng=rng, over=False)
         if text:
             force(tok, row)
@@ -595,7 +595,7 @@ def render(tok, messages, tools=None, answered=False):
 
 @functools.cache
 def call_form(tok, template):
-    """-> what continues a prompt with CALL by the chat template, here a key of the cache only;
+    """-> what continues a prompt with CALL by the chat template, a key of functools.cache;
     None, not native: it shows no tools, or a call that cannot be parsed."""
     user = {"role": "user", "content": "?"}
     calls = [{"id": ID, "type": "function", "function": CALL}]
@@ -831,7 +831,7 @@ def hub_answers():
     try:
         url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         urllib.request.urlopen(url, timeout=5).close()
-    except OSError as e:  # but an HTTP or certificate error is an answer, too
+    except (OSError, ValueError) as e:  # but an HTTP or TLS error is an answer
         cause = getattr(e, "reason", e)
         return isinstance(e, urllib.error.HTTPError) or isinstance(cause, ssl.SSLError)
     return True
