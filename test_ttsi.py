@@ -33,7 +33,7 @@ import ttsi
 
 HERE = Path(__file__).resolve().parent
 SOURCE, README = ((HERE / name).read_text() for name in ("ttsi.py", "README.md"))
-MOST = 1055  # lines of ttsi.py
+MOST = 1058  # lines of ttsi.py
 FLAGS = {field.name for field in fields(ttsi.Config)} | {"paper"}
 SLOW = bool(os.environ.get("SLOW"))
 torch.set_num_threads(1)  # for models as small as these more would wait for one another
@@ -675,7 +675,7 @@ def test_other_forms_are_refused_in_one_line_with_their_place(tmp_path, line):
         command(["--data", str(path)])
     assert str(e.value).startswith(f"{path}:3: "), str(e.value)[:200]
     assert "python data/convert.py" in str(e.value) and "\n" not in str(e.value)
-    assert "object has no" not in str(e.value) or b'"x"' in line, "it is told in Python's words"
+    assert "object has no" not in str(e.value), "it is told in Python's words"
 
 
 T, G = '{"name": "f", "arguments": {"x": 1}}', '{"name": "g", "arguments": {}}'
@@ -714,7 +714,7 @@ def test_grade():
 
 # ------------------------------------------------------------------------------------- running
 SHORT = ["--limit", "2", "--drafts", "1", "--epochs", "2", "--max-new-tokens", "56", "--output"]
-BAD = ["--k 0", "--optimizer x", "--optimizer adamw", "--nonsense 1", "--tau x", "--lim 1"]
+BAD = ["--k 0", "--optimizer x", "--optimizer adamw", "--nonsense 1", "--tau -1", "--lim 1"]
 BAD += [f"--{f} /no/such" for f in ("data", "model", "teacher", "device", "pairs", "trace")]
 
 

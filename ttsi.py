@@ -774,7 +774,9 @@ def to_tool(tool):
     # Refused: xLAM's map of properties; MCP's and Anthropic's names for a schema.
     is_schema = "properties" in raw or raw.get("type") == "object"
     is_schema = is_schema and not {"inputSchema", "input_schema"} & tool.keys()
-    lists = [rule.get("enum") or [] for rule in schema["properties"].values()]
+    rules = schema["properties"].values()
+    is_schema = is_schema and all(isinstance(rule, dict) for rule in rules)
+    lists = [rule.get("enum") or [] for rule in rules if is_schema]
     lists.append(schema["required"])
     is_schema = is_schema and all(isinstance(part, list) for part in lists)
     need(is_schema, f'"parameters" of {tool["name"]} must be a JSON schema')
@@ -1037,7 +1039,8 @@ def parse_arguments(argv):
     cfg = Config(**vars(parser.parse_args(flags)))
     for name in ("k", "drafts", "epochs", "max_new_tokens", "lora_rank"):
         need(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be 1 or more")
-    need(cfg.limit >= 0, "--limit must be 0 or more")
+    for name in ("limit", "tau"):
+        need(getattr(cfg, name) >= 0, f"--{name} must be 0 or more")
     need(cfg.optimizer == "polyak" or cfg.lr < 1, "--optimizer adamw wants an --lr: 1e-4")
     return cfg
 
