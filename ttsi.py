@@ -471,6 +471,7 @@ def write(tok, ids, prefix, cfg, outlines=(("",),), rngs=(None,)):
         if len(stay) < len(active):
             cache.batch_select_indices(torch.tensor(stay, dtype=torch.long))
             active = [active[i] for i in stay]
+    # A draft with parts left was cut off, and is given as it stands.
     return [tok.decode(row.ids) if row.parts else row.text for row in rows]
 
 
@@ -577,6 +578,7 @@ def encode(tok, tools, messages, call=None):
     # Ids are joined, not texts: no token spans prompt and call.
     ids = tok(prompt, add_special_tokens=False).input_ids
     more = continuation(tok, call_text(tok, call)) if call else []
+    # `load` has lowered this limit, by the room of an answer.
     need(len(ids + more) <= tok.model_max_length, "its tokens and an answer exceed the context")
     return ids + more, len(ids)
 
