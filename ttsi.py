@@ -771,17 +771,17 @@ def to_sample(record):
 
 def to_tool(tool):
     """-> {name, description, parameters}, completed: some templates want all three."""
+    wrong = f'"parameters" of {tool["name"]} must be a JSON schema'
     raw = tool.get("parameters") or EMPTY
-    schema = EMPTY | {key: value for key, value in raw.items() if value is not None}
+    need(isinstance(raw, dict), wrong)
     # Refused: xLAM's map of properties; MCP's and Anthropic's names for a schema.
-    is_schema = "properties" in raw or raw.get("type") == "object"
-    is_schema = is_schema and not {"inputSchema", "input_schema"} & tool.keys()
-    rules = schema["properties"].values()
-    is_schema = is_schema and all(isinstance(rule, dict) for rule in rules)
-    lists = [rule.get("enum") or [] for rule in rules if is_schema]
-    lists.append(schema["required"])
-    is_schema = is_schema and all(isinstance(part, list) for part in lists)
-    need(is_schema, f'"parameters" of {tool["name"]} must be a JSON schema')
+    need("properties" in raw or raw.get("type") == "object", wrong)
+    need(not {"inputSchema", "input_schema"} & tool.keys(), wrong)
+    schema = EMPTY | {key: value for key, value in raw.items() if value is not None}
+    need(isinstance(schema["required"], list), wrong)
+    need(isinstance(schema["properties"], dict), wrong)
+    for rule in schema["properties"].values():
+        need(isinstance(rule, dict) and isinstance(rule.get("enum") or [], list), wrong)
     for name in [tool["name"], *schema["required"]]:
         need(isinstance(name, str), f"a name that is no text: {name}")
     about = tool.get("description") or ""
@@ -801,6 +801,7 @@ def load(name, cfg):
         torch.empty(0, device=device)
     dtype = "float32" if cfg.dtype == "auto" and "cpu" in device else cfg.dtype
     is_folder = Path(name).is_dir()
+    # No name of the hub begins so.
     need(is_folder or name[:1] not in "/.~\\", f"{name}: no such folder")
     online = not is_folder and hub_answers()
     where = name
@@ -907,13 +908,14 @@ def table(rows):
         lines.append(f"direct{tool:17.1f} %{call:11.1f} %")
         lines.append(f"TT-SI{new_tool:18.1f} %{new_call:11.1f} %")
         gain = points[:, 1, 1] - points[:, 0, 1]
-        bounds = "too few for an interval"
+        bounds = "too few for an interval"  # of one or two it would look certain
         if len(gain) > 9:
-            bounds = "[{:+.1f}, {:+.1f}]".format(*interval(gain.tolist()))
+            low, high = interval(gain.tolist())
+            bounds = f"[{low:+.1f}, {high:+.1f}]"
         changed = f"{(gain > 0).sum()} repaired, {(gain < 0).sum()} broken"
         lines.append(f"difference{gain.mean():+28.1f}  {bounds}   {changed}")
         if len(grades) < len(rows):
-            lines.append(f"of {len(rows)} samples {len(grades)} have a label")
+            lines.append(f"{len(grades)} of {len(rows)} samples have a label")
     verdicts = [draft["verdict"] for row in rows for draft in row["drafts"]]
     of_drafts = f"; of {len(verdicts)} drafts {counted(verdicts)}" if verdicts else ""
     lines.append(counted(row["decision"] for row in rows) + of_drafts)
