@@ -655,7 +655,7 @@ def test_records_in_openais_form(tmp_path):
 
 TOOLS = [tool("f", x={"enum": 5}), tool("f", x=[]), tool(5), FLIGHT[0]]
 TOOLS += [{"name": "f", key: {"x": STRING}} for key in ("parameters", "inputSchema")]
-BENT = [{"required": True}, {"required": [["x"]]}, {"properties": [1]}]
+BENT = [{"required": "x"}, {"required": [["x"]]}, {"properties": [1]}]
 TOOLS += [F | {"parameters": schema} for schema in ("x", *(ttsi.EMPTY | bad for bad in BENT))]
 OTHER = [record(tools=[]), record(messages="q"), *(record(tools=[*FLIGHT, bad]) for bad in TOOLS)]
 OTHER += [record(CALLED | {"tool_calls": [STATUS, {"function": BOOK["call"]}]}), record(call=F)]
