@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import bench  # noqa: E402
 import convert  # noqa: E402
+import errors  # noqa: E402
 import experiments  # noqa: E402
 import figures  # noqa: E402
 import smollm2  # noqa: E402
@@ -504,6 +505,70 @@ def test_experiments_refuse_bad_input_in_one_line(argv, why):
     with pytest.raises(ttsi.InputError, match=why) as e:
         experiments.main(argv.split())
     assert "\n" not in str(e.value)
+
+
+# ------------------------------------------------------------------ errors and their signs
+def test_values_of_a_call_are_found_in_its_text():
+    values = ["5", '"x\\", \\"b\\": 1"', "[1, {}]", '{"arguments": "d"}', "null"]
+    keys = ["name", "a", "b", "arguments", "\u00e9"]
+    text = ", ".join(f'"{key}":  {value}' for key, value in zip(keys, values, strict=True))
+    text = f'So: {{"name": "f", "arguments": {{{text}}}}}'
+    assert [text[a:b] for a, b in errors.value_spans(text)] == values
+    for text in ("", "none", '{"name": "f"', '{"name": "f", "arguments": {}}'):
+        assert errors.value_spans(text) == []
+
+
+def test_log_probabilities_are_those_of_a_whole_forward_pass():
+    cfg = ttsi.Config(tau=0)
+    model, tok = ttsi.load(cfg.model, cfg)
+    sample = next(iter(ttsi.read_jsonl(HERE / "demo.jsonl", ttsi.to_sample).values()))
+    x, text = ttsi.prepare(tok, sample, cfg), 'no {"name": "f", "arguments": {"a": "b", "c": 34}}'
+    new = tok(text, add_special_tokens=False).input_ids
+    p = model(torch.tensor([x.ids + new])).logits[0, len(x.ids) - 1 : -1].log_softmax(-1)
+    starts = [len(tok.decode(new[:n])) for n in range(len(new))]
+    each = list(zip(starts, p[range(len(new)), new].tolist(), strict=True))
+
+    def of(part):
+        begin = text.rindex(part)
+        return sum(nats for at, nats in each if begin <= at < begin + len(part))
+
+    found = errors.log_probabilities(model, x, text)
+    least = min(of('"b"'), of("34"))
+    assert of('"b"') != pytest.approx(of("34"), abs=1), "which is the least is not seen"
+    assert found == pytest.approx([of(text), of(text[text.index('"b"') :]), least], rel=1e-4)
+    assert errors.log_probabilities(model, x, "no") == pytest.approx([of("no")] * 3, rel=1e-4)
+
+
+WRONG = [({"a": 1, "b": "x"}, []), ({"a": "1", "b": "x"}, []), ({"a": 2, "b": "x"}, [4])]
+WRONG += [({"a": 1}, [2]), ({"a": 1, "b": "x", "c": 0}, [3]), ({"a": 2, "c": 0}, [2, 3, 4])]
+
+
+@pytest.mark.parametrize("arguments,kinds", WRONG, ids=range(len(WRONG)))
+def test_the_kinds_of_errors(arguments, kinds):
+    gold = {"name": "f", "arguments": {"a": 1, "b": "x"}}
+    want = [errors.KINDS[n] for n in kinds]
+    assert errors.errors_of({"name": "f", "arguments": arguments}, gold) == want
+    assert errors.errors_of({"name": "g", "arguments": arguments}, gold) == ["another tool"]
+    assert errors.errors_of(None, gold) == ["no call"]
+
+
+def test_the_table_of_errors_goes_on_and_is_that_of_kept_rows(tmp_path, capsys, monkeypatch):
+    command = ["--data", str(HERE / "demo.jsonl"), "--rows", str(tmp_path / "rows"), "--limit"]
+    errors.main([*command, "3"])
+    monkeypatch.setattr(errors, "look", lambda *_: pytest.fail("makes a row again"))
+    errors.main([*command, "3"])
+    first, second = capsys.readouterr().out.split("model\n")[1:]
+    assert first.strip() == second.strip()
+    assert "| items | 3 | 500 |" in first, "beside those of the experiments"
+    (tmp_path / "README.md").write_text("<!-- errors model -->\n<!-- end -->")
+    errors.main(["--kept", *command[2:4]], tmp_path)
+    assert first.strip() in (tmp_path / "README.md").read_text()
+    with pytest.raises(ttsi.InputError, match="other settings"):
+        errors.main([*command, "3", "--flags=--seed 1"])
+    grades = [(0, 1, 1), (0, 0, 3), (1, 1, 3), (1, 1, 4)]
+    rows = [{"grade": [tool, call], "m": m} for call, tool, m in grades]
+    assert errors.auroc(rows, lambda row: row["m"]) == 3.5 / 4
+    assert errors.auroc(rows, lambda row: row["m"], of=0) == 1.5 / 3
 
 
 # -------------------------------------------------------------------------------- the bench
