@@ -133,7 +133,7 @@ def cells(label, place, run, ours, scored):
     adapted = sum(row["decision"] == "adapted" for row in after)
     seeds = len({row["seed"] for row in after})
     more = f", {seeds} seeds" if seeds > 1 else ""
-    found = {"": label, "items": f"{len(run) // seeds}, {place}{more}"}
+    found = {"": label, "items": f"{len(run) / seeds:.0f}, {place}{more}"}
     for kind, column in enumerate(("right tool, %", "right call, %")):
         sides = [100 * statistics.mean(r["grade"][kind] for r in rows) for rows in (before, after)]
         found[column] = "{:.1f} -> {:.1f}".format(*sides)
