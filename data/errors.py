@@ -1,7 +1,7 @@
 """Where a model errs when it answers directly, and which signs tell it without a label.
 
     python data/errors.py --model FOLDER --data FILE ... --limit 100
-    python data/errors.py --kept                         # tables of kept rows alone, into the page
+    python data/errors.py --kept               # tables of kept rows alone, into the page beside
 
 Rows go to data/results/errors/ as they come, without a benchmark's texts; a run that was cut off
 goes on. Processes with RANK and WORLD_SIZE share it, and a last one without packs the rows.
@@ -153,23 +153,23 @@ def make(args, path):
         experiments.pack(kept)
 
 
-def main(argv, page=experiments.RESULTS):
+def main(argv):
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     p.add_argument("--model", default=ttsi.Config.model, help="its folder; none: the embedded one")
     p.add_argument("--data", nargs="*", default=[], help="files of labelled samples")
     p.add_argument("--flags", default="", help='of ttsi.py, as in --flags="--dtype bfloat16"')
     p.add_argument("--limit", type=int, default=0, help="so many items of a file, by a hash")
-    p.add_argument("--kept", action="store_true", help="tables of kept rows, into the page")
+    p.add_argument("--kept", action="store_true", help="of kept rows; writes the page")
     p.add_argument("--rows", default=ROWS, help="where rows are kept")
     args = p.parse_args(argv)
     ttsi.need(args.kept or args.data, "give --kept or --model FOLDER --data FILE ...")
     for path in args.data:
         make(args, path)
-    for folder in sorted(Path(args.rows).iterdir()):
+    for folder in sorted(path for path in Path(args.rows).iterdir() if path.is_dir()):
         text = table(kept_rows(folder))
         print(f"\n{folder.name}\n\n{text}")
         if args.kept:
-            experiments.publish(f"errors {folder.name}", text, {}, page)
+            experiments.publish(f"errors {folder.name}", text, {}, Path(args.rows))
 
 
 if __name__ == "__main__":

@@ -448,7 +448,7 @@ def test_figures_are_written_and_come_out_the_same(tmp_path):
         assert "own world" in text and "<dc:date>" not in text and "fill: #ffffff" not in text
 
 
-def test_both_pages_say_what_the_rows_say(tmp_path, capsys):
+def test_all_pages_say_what_the_rows_say(tmp_path, capsys):
     page = HERE / "results" / "README.md"
     again = Path(shutil.copy(page, tmp_path))
     experiments.main(["--kept"], tmp_path)
@@ -462,6 +462,10 @@ def test_both_pages_say_what_the_rows_say(tmp_path, capsys):
     for kept in page.parent.glob("bench-*.jsonl"):
         bench.main(["--kept", "--output", str(kept)])
         assert capsys.readouterr().out in (page.parent / "costs.md").read_text(), kept
+    again = shutil.copytree(errors.ROWS, tmp_path / "errors")
+    errors.main(["--kept", "--rows", str(again)])
+    said = [(folder / "README.md").read_text() for folder in (errors.ROWS, again)]
+    assert said[0] == said[1], "run: python data/errors.py --kept"
 
 
 KEPT = sorted((HERE / "results" / "rows").glob("*/*.gz"))
@@ -560,9 +564,10 @@ def test_the_table_of_errors_goes_on_and_is_that_of_kept_rows(tmp_path, capsys, 
     first, second = capsys.readouterr().out.split("model\n")[1:]
     assert first.strip() == second.strip()
     assert "| items | 3 | 500 |" in first, "beside those of the experiments"
-    (tmp_path / "README.md").write_text("<!-- errors model -->\n<!-- end -->")
-    errors.main(["--kept", *command[2:4]], tmp_path)
-    assert first.strip() in (tmp_path / "README.md").read_text()
+    page = tmp_path / "rows" / "README.md"
+    page.write_text("<!-- errors model -->\n<!-- end -->")
+    errors.main(["--kept", *command[2:4]])
+    assert first.strip() in page.read_text()
     with pytest.raises(ttsi.InputError, match="other settings"):
         errors.main([*command, "3", "--flags=--seed 1"])
     grades = [(0, 1, 1), (0, 0, 3), (1, 1, 3), (1, 1, 4)]
