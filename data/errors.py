@@ -36,7 +36,7 @@ SIGNS = {  # of a row: the higher, the surer of its call
 
 def look(model, tok, sample, cfg):
     """-> a row: of the direct answer its signs and, looking at the label only then, its errors."""
-    unlabelled = {key: value for key, value in sample.items()}
+    unlabelled = {key: value for key, value in sample.items() if key != "call"}
     result = ttsi.tt_si(model, tok, unlabelled, cfg)
     nats = log_probabilities(model, ttsi.prepare(tok, unlabelled, cfg), result.direct)
     row = {"id": result.id, "margin": result.margin, "flaw": result.flaw, "nats": nats}
@@ -76,7 +76,7 @@ def errors_of(call, gold):
     if not call or call["name"] != gold["name"]:
         return ["another tool" if call else "no call"]
     found, wanted = call["arguments"], gold["arguments"]
-    # As grade compares: with the right values of common keys it would be of this kind no more.
+    # The values of the keys that both have, compared as in a grade.
     common = {key: wanted[key] for key in wanted if key in found}
     mine = {key: found[key] for key in common}
     same = ttsi.grade(ttsi.dumps(call | {"arguments": mine}), gold | {"arguments": common})[1]
@@ -97,7 +97,7 @@ def table(places):
     """{place: rows} -> a table in Markdown. Rows of the experiments tell neither all kinds of
     errors nor log P."""
     columns = [column(rows) for rows in places.values()]
-    names = max(columns, key=len)
+    names = max(columns, key=len, default={})
     lines = [["", *places], ["---"] * (len(places) + 1)]
     lines += [[name, *(found.get(name, "") for found in columns)] for name in names]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -120,7 +120,9 @@ def kept_rows(folder):
     """-> {file: rows} of a model, and those of its direct answers in the experiments, seed 0."""
     places = {}
     for file in sorted({path.name.partition(".")[0] for path in folder.iterdir()}):
-        places[file] = [*experiments.read_rows(folder / f"{file}.jsonl")[1].values()]
+        _, rows = experiments.read_rows(folder / f"{file}.jsonl")
+        if rows:  # none yet, where a run was cut off at once
+            places[file] = [*rows.values()]
     for path in sorted(experiments.RESULTS.glob(f"rows/{folder.name}/*-default-0-*.gz")):
         _, rows = experiments.read_rows(path.with_suffix(""))
         file = experiments.PLACES.get(path.name.split("-default-")[0])
