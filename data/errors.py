@@ -14,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -32,6 +31,21 @@ SIGNS = {  # of a row: the higher, the surer of its call
     "log P of its arguments": lambda row: row["nats"][1],
     "log P of its least likely value": lambda row: row["nats"][2],
 }
+
+
+class Direct(experiments.Lab):
+    """One model on one file of labelled samples, answered directly."""
+
+    def config(self, name):
+        return ttsi.parse_arguments([*self.args.flags.split(), "--tau", "0"])
+
+    def path(self, name, whole=False):
+        return Path(self.args.rows) / Path(self.model).name / f"{self.data.stem}.jsonl"
+
+    def row(self, name, i):
+        model, tok = self.base
+        with ttsi.advising(f"{self.data}: {i}", "leave it out"):  # such as one beyond the context
+            return look(model, tok, self.samples[i], self.config(name))
 
 
 def look(model, tok, sample, cfg):
@@ -132,29 +146,6 @@ def kept_rows(folder):
     return places
 
 
-def make(args, path):
-    """Makes the rows of one file of samples that are missing."""
-    lab = experiments.Lab(args, args.model, path, 0)
-    cfg = ttsi.parse_arguments([*args.flags.split(), "--tau", "0"])
-    kept = Path(args.rows) / Path(args.model).name / f"{lab.data.stem}.jsonl"
-    files = [lab.data, *experiments.weights(args.model)]
-    flags = vars(cfg) | {"model": "", "device": ""}
-    head = {"rows of": "errors", "flags": flags, "files": [*map(experiments.digest, files)]}
-    old, rows = experiments.read_rows(kept)
-    ttsi.need(old in (None, head), f"{kept}*: other settings, data or model; give --rows DIR")
-    chosen = experiments.seeded(lab.samples)[: args.limit or None]
-    todo = [i for i in chosen[experiments.RANK :: experiments.WORLD] if i not in rows]
-    if todo:
-        experiments.begin(kept, head)
-    for i in tqdm(todo, desc=kept.stem, disable=not todo):
-        model, tok = lab.base
-        with ttsi.advising(f"{path}: {i}", "leave it out"):  # such as one beyond the context
-            row = look(model, tok, lab.samples[i], cfg)
-        experiments.append(kept, row)
-    if kept.exists() and experiments.WORLD == 1:
-        experiments.pack(kept)
-
-
 def main(argv):
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     p.add_argument("--model", default=ttsi.Config.model, help="its folder; none: the embedded one")
@@ -163,10 +154,12 @@ def main(argv):
     p.add_argument("--limit", type=int, default=0, help="so many items of a file, by a hash")
     p.add_argument("--kept", action="store_true", help="of kept rows; writes the page")
     p.add_argument("--rows", default=ROWS, help="where rows are kept")
+    p.set_defaults(pool=[])  # a Lab's, for SFT
     args = p.parse_args(argv)
     ttsi.need(args.kept or args.data, "give --kept or --model FOLDER --data FILE ...")
     for path in args.data:
-        make(args, path)
+        lab = Direct(args, args.model, path, 0)
+        lab.make("errors", experiments.seeded(lab.samples)[: args.limit or None])
     for folder in sorted(path for path in Path(args.rows).iterdir() if path.is_dir()):
         text = table(kept_rows(folder))
         print(f"\n{folder.name}\n\n{text}")
