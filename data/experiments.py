@@ -303,11 +303,11 @@ class Lab:
             result = ttsi.Result(i, cost={}, decision=f"not answered: {e}")
         row = dataclasses.asdict(result)
         # What was done once, before the gate and to write pairs, all have paid for.
-        if method.on == "uncertain":
-            before = self.rows("default")[i]
-            row["cost"] = direct_row(before)["cost"] | row["cost"]
-            if method.needs in (Lab.lessons, Lab.others):
-                row["cost"]["generate"] = before["cost"]["generate"]
+        if name != "default" and "read" not in row["cost"]:
+            before = self.rows("default")[i]["cost"]
+            paid = OF_ALL if method.on == "uncertain" else ("read",)
+            pairs = ("generate",) if method.needs in (Lab.lessons, Lab.others) else ()
+            row["cost"] = {stage: before[stage] for stage in (*paid, *pairs)} | row["cost"]
         row |= scored(result.answer, sample["call"])
         row["before"] = scored(result.direct, sample["call"])
         names = sorted(tool["name"] for tool in sample["tools"])

@@ -311,6 +311,7 @@ def test_every_method_makes_rows_and_writes_a_call(lab, name):
         assert row["before"]["grade"] == ttsi.grade(row["direct"], gold), f"{name}: not direct"
         gated = experiments.METHODS[name].on == "uncertain"
         assert not gated or "score" in row["cost"], f"{name} did not pay for the gate"
+        assert "read" in row["cost"], f"{name} did not pay for reading the prompt"
     hooks = [m for m in lab.base[0].modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooks, f"{name} leaves hooks"
 
