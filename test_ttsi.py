@@ -566,7 +566,7 @@ def test_the_label_is_in_no_prompt_and_changes_no_prediction():
 
 # Guards: base weights or a gradient mode that are not restored, something of a sample that stays.
 def test_nothing_is_left_of_a_run_or_of_an_exception_in_training():
-    model = small(TOK, attention_dropout=0.5)
+    model = small(TOK, attention_dropout=0.5).requires_grad_()  # it need not be frozen
     before, first = digest(model), rows_of(model, TOK, [A, B, C], ALWAYS)
     assert digest(model) == before, "not reset after a run"
     assert [row["decision"] for row in first.values()] == ["adapted", "adapted", "no pair"]
@@ -579,6 +579,7 @@ def test_nothing_is_left_of_a_run_or_of_an_exception_in_training():
     for samples in ([A, B, C], [C, B, A], [B]):
         again = rows_of(model.train(), TOK, samples, ALWAYS)
         assert again.items() <= first.items(), "depends on what came before, or on the mode"
+    assert all(p.grad is None for p in model.parameters()), "gradients are left"
 
 
 # Guards: a teacher that reads the student's cache, or with the student's tokenizer.
@@ -715,7 +716,8 @@ def test_grade():
 
 # ------------------------------------------------------------------------------------- running
 SHORT = ["--limit", "2", "--drafts", "1", "--epochs", "2", "--max-new-tokens", "56", "--output"]
-BAD = ["--k 0", "--optimizer x", "--optimizer adamw", "--nonsense 1", "--tau -1", "--lim 1"]
+BAD = ["--k 0", "--optimizer x", "--optimizer adamw", "--nonsense 1", "--tau -1", "--model="]
+BAD += ["--lim 1", "--limit -1"]
 BAD += [f"--{f} /no/such" for f in ("data", "model", "teacher", "device", "pairs", "trace")]
 
 
@@ -852,6 +854,8 @@ def test_what_a_person_sees(tmp_path):
     prompt, *_, label = text.split("\n-- ")[1:]
     assert "<|user|>" in prompt and f"{DEMO[3]['call']}" in label, "not what it says"
     (path := tmp_path / "d.jsonl").write_text(json.dumps(record(tools=GET)))
+    told = quiet("--data", path, "--trace", "r", "--max-new-tokens", 9999)[1]
+    assert "not answered: its tokens" in told, "nothing is told of what was not answered"
     rows, foreign = quiet("--data", path, "--max-new-tokens", 8)
     assert re.match(f".* 1,992,480 .*{path}, max_new_tokens 8\n", foreign), "what was run?"
     assert "toy world alone" in foreign and "toy world" not in text, "it knows its own alone"
@@ -881,7 +885,7 @@ def test_flags(capsys, tmp_path):
     for argv in map(str.split, BAD):
         with pytest.raises((ttsi.InputError, OSError)) as e:
             command(argv)
-        assert any(word.strip("-") in str(e.value) for word in argv), f"{argv}: {e.value}"
+        assert any(word.strip("-=") in str(e.value) for word in argv), f"{argv}: {e.value}"
     (path := tmp_path / "pairs.jsonl").write_text('{"id": 1}')
     with pytest.raises(ttsi.InputError, match=f"^{path}:1: .*a line is {{id, pairs"):
         command(["--pairs", str(path)])
@@ -910,6 +914,14 @@ def test_models_that_cannot_be_continued_are_refused_at_load(tmp_path, why, kind
     small(TOK, kind, **more).save_pretrained(tmp_path)
     TOK.save_pretrained(tmp_path)
     refused(tmp_path, why)
+
+
+# Guards: Gemma, whose tokenizer has a token of images that its text models lack.
+def test_special_tokens_that_no_prompt_holds_need_no_embedding():
+    (tok := copy.deepcopy(TOK)).add_special_tokens({"additional_special_tokens": ["<image>"]})
+    ttsi.try_out(LLAMA, tok)
+    with pytest.raises(ttsi.InputError, match="embedding"):
+        ttsi.try_out(LLAMA, templated(tok, SHOWN.replace("Answer:", "<image>")))
 
 
 # Guards: pickled weights, code of a model that runs, weights that are drawn at random.

@@ -15,8 +15,8 @@ Departures from the paper, and choices where it is silent:
  5. Tools are offered in a seeded order: benchmarks list the right one first (--no-shuffle).
 --paper undoes the departures: of 1 that flaws count, of 2 the first sentence, of 3 the step, and 4.
 
-N candidates, p(1) >= p(2) >= ..., R rows of T tokens, V vocabulary, K pairs, r rank. In a span
-(ids, begin), ids[begin:] is scored behind ids[:begin]. FORK HERE: one place for another idea.
+N candidates, p(1) >= p(2) >= ..., R rows of T tokens (L scored), V vocabulary, K pairs, r rank. In
+a span (ids, begin), ids[begin:] is scored behind ids[:begin]. FORK HERE: a place for another idea.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Config:  # every field is a flag; [paper]: stated there or reported; [ours
     tau: float = field(0.95, "adapt where the margin is below; 2: always, 0: never [paper]")
     shuffle: bool = field(True, "offer the tools in the file's order, not a seeded one [ours]")
     # G
-    k: int = field(2, "pairs, one for each of the k likeliest tools [ours; paper: 1]")
+    k: int = field(2, "pairs: one for each of k likely tools, or k free ones [ours; paper: 1]")
     drafts: int = field(4, "written for each of these tools, at once [ours; paper: 1]")
     given: Literal["keys", "name", "nothing"] = field("keys", "what of a call is dictated [ours]")
     temperature: float = field(0.9, "of drafts; answers are greedy [ours]")
@@ -85,8 +85,8 @@ class Config:  # every field is a flag; [paper]: stated there or reported; [ours
     output: str = field("", "file for a JSON row a sample; a run that was cut off goes on")
     trace: str = field("", "tell the sample of this id step by step")
     seed: int = field(0, "of drafts, LoRA initialisation and tool order")
-    max_new_tokens: int = field(256, "at most, in a draft or an answer [ours]")
-    device: str = field("auto", "a torch device; auto: cuda, else mps, else cpu")
+    max_new_tokens: int = field(256, "at most, in an answer; about, in a draft [ours]")
+    device: str = field("auto", "a torch device; auto: an accelerator, else cpu")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field("auto", "auto: float32 on cpu")
 
 
@@ -230,7 +230,7 @@ def outline(name, schema, given, rng, chosen=None):
     """-> a draft as texts, between which (|) the model writes JSON values; a quote or brace
     before | begins its value. Optional arguments: those chosen, or a random half.
 
-    nothing  {|
+    nothing  {|   or {"|
     name     {"call": {"name": "book", "arguments":|}, "request": "|}
     keys     {"call": {"name": "book", "arguments": {"city": "|, "nights":|}}, "request": "|}
     """
@@ -354,7 +354,7 @@ def train(spans, frozen, lora, cfg):
     for epoch in range(cfg.epochs):
         optimizer.zero_grad()
         loss = -(logprob(spans, frozen) / lengths.to(lora[0].device)).mean()
-        loss.backward()
+        loss.backward(inputs=lora)  # the base may not be frozen
         losses.append(loss.item())
         norm = torch.nn.utils.get_total_norm([p.grad for p in lora if p.grad is not None]).item()
         if not 0 < norm < math.inf:  # zero, infinite or no number: no further step
@@ -547,7 +547,7 @@ def prepare(tok, sample, cfg):
     x.request = transcript([m for m in messages if m["role"] != "system"])
     x.turns = [m["content"] for m in messages if m["role"] == "user"]
     x.ids, _ = encode(tok, tools, messages)
-    # Two prompts are the same up to the end of the tools, but for a token that merges.
+    # Prompts are the same up to the end of tools that come first, but for a token that merges.
     other, _ = span(tok, x, "-")
     x.head = max(len(os.path.commonprefix([x.ids, other])) - 1, 0)
     # A candidate ends with what closes its name, or `book` always beats `book_room`.
@@ -598,7 +598,7 @@ def render(tok, messages, tools=None, answered=False):
 @functools.cache
 def call_form(tok, template):
     """-> what continues a prompt with CALL by the chat template, a key of functools.cache;
-    None, not native: it shows no tools, or a call that cannot be parsed."""
+    None, not native: it shows no tools, or no call that continues it and can be parsed."""
     user = {"role": "user", "content": "?"}
     calls = [{"id": ID, "type": "function", "function": CALL}]
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
@@ -738,7 +738,7 @@ def read_jsonl(path, convert, advice="other forms: python data/convert.py FILE >
 
 
 def to_sample(record):
-    """A record in OpenAI's form -> {id, messages, tools, call?}; the label is call alone."""
+    """A record in OpenAI's form -> {id, messages, tools, call?}; the label goes into call alone."""
     for key in ("messages", "tools"):
         need(record.get(key) and isinstance(record[key], list), f"no list of {key}")
     tools = [to_tool(tool.get("function", tool)) for tool in record["tools"]]
@@ -821,13 +821,12 @@ def load(name, cfg):
     with advising(name, "give another --device or --dtype"):
         model = model.to(device).eval().requires_grad_(False)
     config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None) or math.inf
-    tok.model_max_length = min(tok.model_max_length, context) - cfg.max_new_tokens
     with advising(name, "give one with a plain key/value cache, that a LoRA can train"):
         rope = f"{getattr(config, 'rope_parameters', None)}"
-        changes = "longrope" in rope or "dynamic" in rope
-        need(not changes, f"its positions depend on the length of a text: {rope}")
+        need(not re.search("longrope|dynamic", rope), f"its positions depend on length: {rope}")
         try_out(model, tok)
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    tok.model_max_length = min(tok.model_max_length, context) - cfg.max_new_tokens
     return model, tok
 
 
@@ -845,9 +844,10 @@ def hub_answers():
 def try_out(model, tok):
     """Does once what a sample does: rows continue a prefix, and a LoRA makes a step."""
     cfg = Config(epochs=1)
-    highest = max(tok.get_vocab().values())
-    size = len(model.get_input_embeddings().weight)
-    need(highest < size, f"token {highest} is beyond its {size} embeddings")
+    prompt, _ = encode(tok, [PROBE], [{"role": "user", "content": "?"}], CALL)
+    special = {i for i, t in tok.added_tokens_decoder.items() if t.special}  # as Gemma's of images
+    highest = max({*tok.get_vocab().values()} - special | {*prompt})
+    need(highest < len(model.get_input_embeddings().weight), f"token {highest} has no embedding")
     ids = [highest, *range(7)]
     spans = [(ids, 4), (ids[:6], 5)]
     at_once, continued = logprob(spans, Prefix(model, [])), logprob(spans, Prefix(model, ids[:3]))
@@ -862,7 +862,7 @@ def answer(model, tok, sample, cfg, writer):
     """-> a row: Result and grades."""
     try:
         result = tt_si(model, tok, sample, cfg, writer)
-    except InputError as e:  # beyond the context, or refused by the chat template
+    except InputError as e:  # beyond the context, refused by the template, or NaN scores
         result = Result(sample["id"], cost={}, decision=f"not answered: {e}")
     except torch.OutOfMemoryError:  # of an accelerator
         result = Result(sample["id"], cost={}, decision="not answered: out of memory")
@@ -1007,7 +1007,7 @@ def tell(row, sample, tok, cfg):
     captions = {"prompt": "what Algorithm 1 sees"}
     captions |= {item.name: item.metadata["help"] for item in dataclasses.fields(Result)[1:]}
     captions["label"] = "which no step saw"
-    prompt = tok.decode(prepare(tok, sample, cfg).ids)
+    prompt = tok.decode(prepare(tok, sample, cfg).ids) if row["cost"] else ""
     steps = row | {"prompt": prompt, "label": sample.get("call")}
     for name, caption in captions.items():
         lines = steps[name] if isinstance(steps[name], list) else [steps[name]]
@@ -1043,8 +1043,8 @@ def parse_arguments(argv):
     cfg = Config(**vars(parser.parse_args(flags)))
     for name in ("k", "drafts", "epochs", "max_new_tokens", "lora_rank"):
         need(getattr(cfg, name) > 0, f"--{name.replace('_', '-')} must be 1 or more")
-    for name in ("limit", "tau"):
-        need(getattr(cfg, name) >= 0, f"--{name} must be 0 or more")
+    need(cfg.limit >= 0 and cfg.tau >= 0, "--limit and --tau must be 0 or more")
+    need(cfg.model, "--model is empty")
     need(cfg.optimizer == "polyak" or cfg.lr < 1, "--optimizer adamw wants an --lr: 1e-4")
     return cfg
 

@@ -8,6 +8,7 @@ goes on. Processes with RANK and WORLD_SIZE share it, and a last one without pac
 """
 
 import argparse
+import re
 import statistics
 import sys
 from contextlib import suppress
@@ -75,7 +76,8 @@ def log_probabilities(model, x, text):
 
 def value_spans(text):
     """-> where each value of a call's arguments begins and ends in its text."""
-    spans, end = [], max(text.find('"arguments"'), 0)
+    inside = re.search('"(arguments|parameters)"', text)
+    spans, end = [], inside.end() if inside else 0
     with suppress(*ttsi.MALFORMED):
         for key in ttsi.parse(text)["arguments"]:
             begin = text.index(f"{ttsi.dumps(key)}:", end) + len(ttsi.dumps(key)) + 1
@@ -133,7 +135,7 @@ def column(rows):
 def kept_rows(folder):
     """-> {file: rows} of a model, and those of its direct answers in the experiments, seed 0."""
     places = {}
-    for file in sorted({path.name.partition(".")[0] for path in folder.iterdir()}):
+    for file in sorted({re.sub(r"\.jsonl(\.gz)?$", "", path.name) for path in folder.iterdir()}):
         _, rows = experiments.read_rows(folder / f"{file}.jsonl")
         if rows:  # none yet, where a run was cut off at once
             places[file] = [*rows.values()]

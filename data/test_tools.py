@@ -517,8 +517,9 @@ def test_values_of_a_call_are_found_in_its_text():
     values = ["5", '"x\\", \\"b\\": 1"', "[1, {}]", '{"arguments": "d"}', "null"]
     keys = ["name", "a", "b", "arguments", "\u00e9"]
     text = ", ".join(f'"{key}":  {value}' for key, value in zip(keys, values, strict=True))
-    text = f'So: {{"name": "f", "arguments": {{{text}}}}}'
-    assert [text[a:b] for a, b in errors.value_spans(text)] == values
+    for form in ("arguments", "parameters"):
+        call = f'So: {{"name": "f", "{form}": {{{text}}}}}'
+        assert [call[a:b] for a, b in errors.value_spans(call)] == values
     for text in ("", "none", '{"name": "f"', '{"name": "f", "arguments": {}}'):
         assert errors.value_spans(text) == []
 
