@@ -559,7 +559,8 @@ def test_the_kinds_of_errors(arguments, kinds):
 
 
 def test_the_table_of_errors_goes_on_and_is_that_of_kept_rows(tmp_path, capsys, monkeypatch):
-    command = ["--data", str(HERE / "demo.jsonl"), "--rows", str(tmp_path / "rows"), "--limit"]
+    data = shutil.copy(HERE / "demo.jsonl", tmp_path / "a.b.jsonl")
+    command = ["--data", str(data), "--rows", str(tmp_path / "rows"), "--limit"]
     with monkeypatch.context() as m:
         method = ttsi.tt_si
         m.setattr(ttsi, "tt_si", lambda *given: "call" not in given[2] and method(*given))
